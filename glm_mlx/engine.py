@@ -1,0 +1,149 @@
+"""Token ids in, token ids out: prefill in chunks, decode with one step of look-ahead."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from glm_mlx.errors import InputError
+from glm_mlx.model import Model
+from glm_mlx.sampling import Sample, Sampler, SamplingParams
+
+PREFILL_CHUNK = 512  # tokens
+
+
+@dataclass(frozen=True)
+class Step:
+    """One generated token. `seconds` since the token before it, or since the end of prefill."""
+
+    token: int
+    seconds: float
+    position: int  # of the token; the cache then held as many rows
+    logprob: float | None = None
+    top_logprobs: list[tuple[int, float]] | None = None
+
+
+@dataclass
+class Stats:
+    """Of one `generate` call; times in seconds, memory in bytes."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0  # of the prompt, whose rows were already there
+    prefill_seconds: float = 0.0
+    time_to_first_token: float = 0.0
+    decode_tokens: int = 0
+    decode_seconds: float = 0.0  # first token excluded
+    peak_memory: int = 0
+
+    @property
+    def prefill_tok_s(self) -> float:
+        return (self.prompt_tokens - self.cached_tokens) / self.prefill_seconds if self.prefill_seconds else 0.0
+
+    @property
+    def decode_tok_s(self) -> float:
+        return (self.decode_tokens - 1) / self.decode_seconds if self.decode_seconds else 0.0
+
+
+class Engine:
+    """A model and the cache of one conversation.
+
+    `tokens` are the ids whose rows are in the cache. A prompt that begins with them is computed only from where it
+    differs.
+    """
+
+    def __init__(self, model: Model, chunk: int = PREFILL_CHUNK):
+        self.model, self.chunk = model, chunk
+        self.cache = model.new_cache()
+        self.tokens: list[int] = []
+        self.stats = Stats()
+
+    def generate(
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        max_tokens: int,
+        stop_ids: frozenset[int] = frozenset(),
+        on_prefill: Callable[[int, int], None] = lambda done, total: None,
+    ) -> Iterator[Step]:
+        """Yields up to `max_tokens` tokens; a stop id is yielded, then ends it. Closing the generator cancels.
+
+        `on_prefill(done, total)` is called with prompt tokens after each chunk. Raises InputError for an empty prompt,
+        one that does not fit the context, or ids that are not in the vocabulary.
+        """
+        cfg = self.model.cfg
+        if not prompt:
+            raise InputError("the prompt is empty; give at least one token of text")
+        if len(prompt) >= cfg.context_length:
+            raise InputError(
+                f"the prompt has {len(prompt):,} tokens, the model's context {cfg.context_length:,} with the answer; "
+                "shorten it"
+            )
+        if not all(0 <= token < cfg.vocab_size for token in prompt):
+            raise InputError(f"the prompt holds a token id outside 0 to {cfg.vocab_size - 1}")
+        max_tokens = min(max_tokens, cfg.context_length - len(prompt))
+        sampler = Sampler(params, cfg.vocab_size, [prompt])
+        stats = self.stats = Stats(prompt_tokens=len(prompt))
+        mx.reset_peak_memory()
+        start = time.perf_counter()
+        logits = self._prefill(prompt, on_prefill)
+        stats.prefill_seconds = time.perf_counter() - start
+        if max_tokens < 1:
+            return
+
+        last = time.perf_counter()
+        sample = sampler(logits)
+        mx.async_eval(sample.arrays())
+        for n in range(max_tokens):
+            ahead = sampler(self._forward(sample.token)) if n + 1 < max_tokens else None
+            if ahead is not None:
+                mx.async_eval(ahead.arrays())  # the device goes on while the host looks at this token
+            token = int(sample.token.item())
+            now = time.perf_counter()
+            if n == 0:
+                stats.time_to_first_token = now - start
+            else:
+                stats.decode_seconds += now - last
+            stats.decode_tokens = n + 1
+            stats.peak_memory = mx.get_peak_memory()
+            if ahead is not None:
+                self.tokens.append(token)
+            yield Step(token, now - last, len(prompt) + n, *_logprobs(sample))
+            last = now
+            if ahead is None or token in stop_ids:
+                return
+            sample = ahead
+
+    def _prefill(self, prompt: Sequence[int], on_prefill: Callable[[int, int], None]) -> mx.array:
+        """Bring the cache to `prompt` and return the logits of its last token, (1, vocabulary)."""
+        # The last token is always computed: its logits are wanted.
+        known = _common_prefix(self.tokens, prompt[:-1])
+        self.cache.trim(known)
+        self.tokens = list(prompt[:known])
+        self.stats.cached_tokens = known
+        for begin in range(known, len(prompt), self.chunk):
+            part = prompt[begin : begin + self.chunk]
+            hidden = self.model.hidden_states(mx.array([list(part)], mx.int32), self.cache)
+            mx.eval(hidden, [rows for rows in self.cache.rows if rows is not None])
+            self.tokens += part
+            on_prefill(len(self.tokens), len(prompt))
+        logits = self.model.logits(hidden[:, -1:])[:, 0]
+        mx.eval(logits)
+        return logits
+
+    def _forward(self, token: mx.array) -> mx.array:
+        return self.model.logits(self.model.hidden_states(token[:, None], self.cache))[:, 0]
+
+
+def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    for i, (x, y) in enumerate(zip(a, b, strict=False)):
+        if x != y:
+            return i
+    return min(len(a), len(b))
+
+
+def _logprobs(sample: Sample) -> tuple[float | None, list[tuple[int, float]] | None]:
+    if sample.logprob is None or sample.top_tokens is None or sample.top_logprobs is None:
+        return None, None
+    ids, values = sample.top_tokens[0].tolist(), sample.top_logprobs[0].tolist()
+    return float(sample.logprob.item()), [(int(i), float(v)) for i, v in zip(ids, values, strict=True)]

@@ -1,0 +1,67 @@
+"""Models by name: `owner/repo[:QUANT]` on the Hugging Face hub, through its own library and cache."""
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from glm_mlx.errors import InputError
+
+NAME = re.compile(r"^(?P<repo>[\w.-]+/[\w.-]+?)(?::(?P<quant>[\w.-]+))?$")
+DEFAULT_QUANT = "Q4_0"
+
+
+def resolve(model: str) -> Path:
+    """The file that `--model` means: a path if there is one, else a download (or the cached copy of one)."""
+    path = Path(model).expanduser()
+    if path.exists() or model.endswith(".gguf") or model.count("/") != 1 or not (name := NAME.match(model)):
+        return path
+    return _download(name["repo"], name["quant"] or DEFAULT_QUANT)
+
+
+def choose_files(files: Sequence[str], quant: str) -> list[str]:
+    """The .gguf file of a quantisation, or all parts of it in order; empty if there is none.
+
+    The name must hold the quant as a whole word, so that Q4_K does not take Q4_K_M; the shortest such name wins.
+    """
+    word = re.compile(rf"(?<![A-Za-z0-9_]){re.escape(quant)}(?![A-Za-z0-9_])", re.IGNORECASE)
+    found = [f for f in files if f.lower().endswith(".gguf") and word.search(f) and "mmproj" not in f]
+    stems: dict[str, list[str]] = {}
+    for file in found:
+        stems.setdefault(re.sub(r"-\d{5}-of-\d{5}\.gguf$", "", file), []).append(file)
+    return sorted(stems[min(stems, key=lambda s: (len(s), s))]) if stems else []
+
+
+def _download(repo: str, quant: str) -> Path:
+    import huggingface_hub  # slow to import, and most runs have a path
+    from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        files = huggingface_hub.HfApi().list_repo_files(repo)
+        parts = choose_files(files, quant)
+        if not parts:
+            have = ", ".join(sorted(f for f in files if f.endswith(".gguf"))[:8]) or "no .gguf file at all"
+            raise InputError(f"{repo} has no {quant} file; it has {have}: name one as {repo}:QUANT")
+        return Path([huggingface_hub.hf_hub_download(repo, part) for part in parts][0])
+    except (RepositoryNotFoundError, EntryNotFoundError):
+        raise InputError(f"the hub has no public repository {repo}, and there is no such path; check the name") from None
+    except OSError as error:  # every network fault of the library is one
+        cached = _cached(repo, quant)
+        if cached:
+            return cached
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"cannot fetch {repo}:{quant} from the hub ({type(error).__name__}: {reason}); "
+            "go online once, or give the path of a .gguf file"
+        ) from None
+
+
+def _cached(repo: str, quant: str) -> Path | None:
+    import huggingface_hub
+
+    try:
+        folder = Path(huggingface_hub.snapshot_download(repo, local_files_only=True))
+    except OSError:
+        return None
+    parts = choose_files([os.path.relpath(p, folder) for p in folder.rglob("*.gguf")], quant)
+    return folder / parts[0] if parts else None

@@ -1,0 +1,241 @@
+"""GLM-4.7-Flash (`glm4_moe_lite`, GGUF `deepseek2`) on MLX arrays, in the order a token meets it.
+
+Sources: transformers `modular_glm4_moe_lite.py` and `modeling_deepseek_v3.py`; llama.cpp `src/models/deepseek2.cpp`
+(YaRN, fall-backs). Parameter names are the checkpoint's. In shapes, with GLM-4.7-Flash's values:
+
+B batch, L new tokens, S cached + new tokens, D hidden_size 2048, H heads 20, R kv_lora_rank 512,
+P qk_rope_head_dim 64, N qk_nope_head_dim 192, V v_head_dim 256, E experts 64, K experts per token 4,
+F moe_intermediate_size 1536, T = B * L.
+
+Every call of an `_ops` function is a seam where a kernel of the same contract can stand.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+
+import mlx.core as mx
+
+from glm_mlx.cache import LatentCache
+from glm_mlx.config import Config
+from kernels.experts_down import experts_down_ops
+from kernels.experts_gate_up import experts_gate_up_ops, swiglu_ops
+from kernels.mla_decode import mla_decode_ops
+from kernels.planes import Weight
+from kernels.qmv import embed_ops, qmv_ops
+from kernels.route import route_ops
+
+Tap = Callable[[str, mx.array], None]  # sees named intermediate values; the parity tests' way in
+
+
+def no_tap(name: str, value: mx.array) -> None:
+    """The tap of normal running."""
+
+
+class Weights:
+    """The weights below one name: `Weights(w, "layers.3.")["self_attn.o_proj"]`."""
+
+    def __init__(self, weights: Mapping[str, Weight], prefix: str):
+        self.weights, self.prefix = weights, prefix
+
+    def __getitem__(self, name: str) -> Weight:
+        return self.weights[self.prefix + name]
+
+    def __contains__(self, name: str) -> bool:
+        return self.prefix + name in self.weights
+
+    def get(self, name: str) -> Weight | None:
+        return self.weights.get(self.prefix + name)
+
+    def vector(self, name: str) -> mx.array:
+        weight = self[name]
+        assert isinstance(weight, mx.array)
+        return weight
+
+
+def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
+    return mx.fast.rms_norm(x, weight, eps).astype(x.dtype)
+
+
+def rope_wavelengths(cfg: Config) -> mx.array:
+    """Positions are divided by these: (P / 2,) float32. Plain RoPE, or YaRN's blend of it with its interpolation."""
+    dim, base = cfg.qk_rope_head_dim, cfg.rope_theta
+    plain = base ** (mx.arange(0, dim, 2) / dim)
+    if cfg.yarn is None:
+        return plain
+
+    def correction_dim(rotations: float) -> float:  # the pair that turns so often within the original context
+        assert cfg.yarn is not None
+        return dim * math.log(cfg.yarn.original_context_length / (rotations * 2 * math.pi)) / (2 * math.log(base))
+
+    low = max(0, math.floor(correction_dim(cfg.yarn.beta_fast)))
+    high = min(dim - 1, math.ceil(correction_dim(cfg.yarn.beta_slow)))
+    ramp = mx.clip((mx.arange(dim // 2) - low) / max(high - low, 0.001), 0, 1)
+    return 1 / (ramp / (plain * cfg.yarn.factor) + (1 - ramp) / plain)
+
+
+class Attention:
+    def __init__(self, cfg: Config, weights: Weights, layer: int):
+        self.cfg, self.layer = cfg, layer
+        self.q_proj = weights.get("q_proj")  # models without q_lora
+        if self.q_proj is None:
+            self.q_a_proj = weights["q_a_proj"]
+            self.q_a_layernorm = weights.vector("q_a_layernorm")
+            self.q_b_proj = weights["q_b_proj"]
+        self.kv_a_proj = weights["kv_a_proj"]
+        self.kv_a_layernorm = weights.vector("kv_a_layernorm")
+        self.k_b = weights["k_b"]  # (H, R, N)
+        self.v_b = weights["v_b"]  # (H, V, R)
+        self.o_proj = weights["o_proj"]
+        self.wavelengths = rope_wavelengths(cfg)
+
+    def __call__(self, x: mx.array, cache: LatentCache, tap: Tap = no_tap) -> mx.array:
+        cfg = self.cfg
+        batch, length, _ = x.shape
+
+        if self.q_proj is not None:
+            q = qmv_ops(x, self.q_proj)
+        else:
+            q = qmv_ops(rms_norm(qmv_ops(x, self.q_a_proj), self.q_a_layernorm, cfg.rms_norm_eps), self.q_b_proj)
+        q = q.reshape(batch, length, cfg.num_heads, cfg.qk_head_dim).swapaxes(1, 2)
+        q_nope, q_pe = mx.split(q, [cfg.qk_nope_head_dim], axis=-1)  # (B, H, L, N), (B, H, L, P)
+        q_pe = self._rope(q_pe, cache.offset)
+
+        latent, k_pe = mx.split(qmv_ops(x, self.kv_a_proj), [cfg.kv_lora_rank], axis=-1)  # (B, L, R), (B, L, P)
+        latent = rms_norm(latent, self.kv_a_layernorm, cfg.rms_norm_eps)
+        k_pe = self._rope(k_pe[:, None], cache.offset)[:, 0]
+        tap("q", mx.concatenate([q_nope, q_pe], axis=-1).swapaxes(1, 2))
+        tap("latent", latent)
+        tap("k_pe", k_pe)
+
+        # q_nope . (k_b latent) = (k_b^T q_nope) . latent: the query moves into the latent space, so that one cached
+        # row is key and value of every head.
+        q_latent = qmv_ops(q_nope, self.k_b)  # (B, H, L, R)
+        rows = cache.update(self.layer, mx.concatenate([latent, k_pe], axis=-1))  # (B, S, R + P)
+        out = mla_decode_ops(
+            mx.concatenate([q_latent, q_pe], axis=-1), rows, cache.offset, cfg.softmax_scale, cfg.kv_lora_rank
+        )
+        out = qmv_ops(out, self.v_b)  # (B, H, L, V)
+        return qmv_ops(out.swapaxes(1, 2).reshape(batch, length, -1), self.o_proj)
+
+    def _rope(self, x: mx.array, offset: int) -> mx.array:
+        """Rotate pairs (2i, 2i + 1) of (B, heads, L, P)."""
+        return mx.fast.rope(
+            x, x.shape[-1], traditional=True, base=None, scale=1.0, offset=offset, freqs=self.wavelengths
+        )
+
+
+class MLP:
+    def __init__(self, weights: Weights):
+        self.gate_proj, self.up_proj, self.down_proj = (weights[f"{n}_proj"] for n in ("gate", "up", "down"))
+
+    def __call__(self, x: mx.array, tap: Tap = no_tap) -> mx.array:
+        return qmv_ops(swiglu_ops(qmv_ops(x, self.gate_proj), qmv_ops(x, self.up_proj)), self.down_proj)
+
+
+class MoE:
+    def __init__(self, cfg: Config, weights: Weights):
+        self.cfg = cfg
+        self.gate = weights["gate"]
+        self.e_score_correction_bias = weights.vector("e_score_correction_bias") if (
+            "e_score_correction_bias" in weights
+        ) else None
+        self.gate_proj, self.up_proj, self.down_proj = (weights[f"experts.{n}_proj"] for n in ("gate", "up", "down"))
+        self.shared_gate, self.shared_up, self.shared_down = (
+            weights.get(f"shared_experts.{n}_proj") for n in ("gate", "up", "down")
+        )
+
+    def __call__(self, x: mx.array, tap: Tap = no_tap) -> mx.array:
+        cfg = self.cfg
+        rows = x.reshape(-1, x.shape[-1])  # (T, D)
+        # float32: the biases of e_score_correction_bias differ by less than half precision resolves.
+        router_logits = qmv_ops(rows.astype(mx.float32), self.gate)  # (T, E)
+        experts, weights = route_ops(
+            router_logits,
+            self.e_score_correction_bias,
+            cfg.num_experts_per_tok,
+            cfg.gating,
+            cfg.norm_topk_prob,
+            cfg.routed_scaling_factor,
+        )
+        tap("router_logits", router_logits)
+        tap("experts", experts)
+        tap("expert_weights", weights)
+        hidden, shared_hidden = experts_gate_up_ops(
+            rows, self.gate_proj, self.up_proj, experts, self.shared_gate, self.shared_up
+        )
+        y = experts_down_ops(hidden, shared_hidden, self.down_proj, self.shared_down, experts, weights)
+        return y.reshape(x.shape)
+
+
+class Block:
+    def __init__(self, cfg: Config, weights: Weights, layer: int):
+        self.eps = cfg.rms_norm_eps
+        self.input_layernorm = weights.vector("input_layernorm")
+        self.self_attn = Attention(cfg, Weights(weights.weights, f"{weights.prefix}self_attn."), layer)
+        self.post_attention_layernorm = weights.vector("post_attention_layernorm")
+        mlp = Weights(weights.weights, f"{weights.prefix}mlp.")
+        self.mlp = MLP(mlp) if layer < cfg.first_k_dense else MoE(cfg, mlp)
+
+    def __call__(self, x: mx.array, cache: LatentCache, tap: Tap = no_tap) -> mx.array:
+        attn_norm = rms_norm(x, self.input_layernorm, self.eps)
+        tap("attn_norm", attn_norm)
+        attn_out = self.self_attn(attn_norm, cache, tap)
+        tap("attn_out", attn_out)
+        x = x + attn_out
+        ffn_norm = rms_norm(x, self.post_attention_layernorm, self.eps)
+        tap("ffn_norm", ffn_norm)
+        ffn_out = self.mlp(ffn_norm, tap)
+        tap("ffn_out", ffn_out)
+        out = x + ffn_out
+        tap("out", out)
+        return out
+
+
+class Model:
+    """`model.logits(model.hidden_states(tokens, cache))`, with tokens (B, L) and `cache` from `new_cache`."""
+
+    def __init__(self, cfg: Config, weights: Mapping[str, Weight], dtype: mx.Dtype):
+        self.cfg, self.dtype = cfg, dtype
+        self.embed_tokens = weights["embed_tokens"]
+        self.layers = [Block(cfg, Weights(weights, f"layers.{i}."), i) for i in range(cfg.num_layers)]
+        self.norm = Weights(weights, "").vector("norm")
+        self.lm_head = weights.get("lm_head", self.embed_tokens)
+
+    def new_cache(self) -> LatentCache:
+        return LatentCache(self.cfg.num_layers, self.cfg.cache_dim, self.dtype)
+
+    def embed(self, tokens: mx.array) -> mx.array:
+        """(B, L) -> (B, L, D)"""
+        return embed_ops(self.embed_tokens, tokens).astype(self.dtype)
+
+    def hidden_states(self, tokens: mx.array, cache: LatentCache) -> mx.array:
+        """(B, L) -> (B, L, D) after the last layer; the cache then holds the tokens' rows."""
+        x = self.embed(tokens)
+        for layer in self.layers:
+            x = layer(x, cache)
+        cache.advance(tokens.shape[1])
+        return x
+
+    def logits(self, x: mx.array) -> mx.array:
+        """(B, L, D) -> (B, L, vocabulary) float32"""
+        return qmv_ops(rms_norm(x, self.norm, self.cfg.rms_norm_eps), self.lm_head).astype(mx.float32)
+
+
+def activation_dtype() -> mx.Dtype:
+    """float32 on a CPU, where MLX is 10 to 45 times slower in 16 bits; bfloat16 on a GPU."""
+    return mx.float32 if mx.default_device() == mx.Device(mx.cpu) else mx.bfloat16
+
+
+def decode_bytes(cfg: Config, weights: Mapping[str, Weight], cache: LatentCache) -> int:
+    """Bytes of weights and cache that one decoded token reads: K of E experts, one embedding row, every cached row."""
+    total = cfg.num_layers * cache.offset * cfg.cache_dim * cache.dtype.size
+    for name, weight in weights.items():
+        if ".experts." in name:
+            total += weight.nbytes // cfg.num_experts * cfg.num_experts_per_tok
+        elif name == "embed_tokens":
+            total += weight.nbytes // cfg.vocab_size
+            if "lm_head" not in weights:
+                total += weight.nbytes
+        else:
+            total += weight.nbytes
+    return total

@@ -1,0 +1,204 @@
+"""From a GGUF file to named weights: the one place that renames, splits and repacks tensors.
+
+Names on our side are the checkpoint's (transformers `Glm4MoeLite`): `layers.3.self_attn.q_a_proj`. Everything that the
+header says is checked against the configuration before the first byte of data is read.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import mlx.core as mx
+import psutil
+from gguf.constants import GGMLQuantizationType
+
+from glm_mlx.config import Config
+from glm_mlx.errors import InputError
+from glm_mlx.gguf import GGUFFile, TensorInfo
+from glm_mlx.packing import pack, packed_nbytes
+from kernels.planes import QUANT_TYPES, QuantizedTensor, Weight, dequantize_ops
+
+DENSE_TYPES = ("F32", "F16", "BF16")
+EXPANDED_TYPES = ("Q2_K", "Q3_K", "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS", "MXFP4")
+
+
+@dataclass(frozen=True)
+class Expected:
+    """A tensor that the configuration asks for: our name, GGUF's, and the shape in numpy order."""
+
+    name: str
+    source: str
+    shape: tuple[int, ...]
+    optional: bool = False
+
+
+def expected_tensors(cfg: Config, gguf: GGUFFile) -> Iterator[Expected]:
+    """Every tensor of the model, in the layout that this file has; MTP layers are left out.
+
+    A generator, so that a header with a billion layers fails at the first one that is missing.
+    """
+    yield Expected("embed_tokens", "token_embd.weight", (cfg.vocab_size, cfg.hidden_size))
+    yield Expected("norm", "output_norm.weight", (cfg.hidden_size,))
+    yield Expected("lm_head", "output.weight", (cfg.vocab_size, cfg.hidden_size), optional=True)
+    for i in range(cfg.num_layers):
+        is_dense = i < cfg.first_k_dense
+        for part in (_attention(cfg, gguf, i), _mlp(cfg) if is_dense else _moe(cfg, gguf, i)):
+            for tensor in part:
+                source = f"blk.{i}.{tensor.source}"
+                yield Expected(f"layers.{i}.{tensor.name}", source, tensor.shape, tensor.optional)
+
+
+def _attention(cfg: Config, gguf: GGUFFile, i: int) -> Iterator[Expected]:
+    heads, hidden, latent = cfg.num_heads, cfg.hidden_size, cfg.kv_lora_rank
+    yield Expected("input_layernorm", "attn_norm.weight", (hidden,))
+    if cfg.q_lora_rank is None:
+        yield Expected("self_attn.q_proj", "attn_q.weight", (heads * cfg.qk_head_dim, hidden))
+    else:
+        yield Expected("self_attn.q_a_proj", "attn_q_a.weight", (cfg.q_lora_rank, hidden))
+        yield Expected("self_attn.q_a_layernorm", "attn_q_a_norm.weight", (cfg.q_lora_rank,))
+        yield Expected("self_attn.q_b_proj", "attn_q_b.weight", (heads * cfg.qk_head_dim, cfg.q_lora_rank))
+    yield Expected("self_attn.kv_a_proj", "attn_kv_a_mqa.weight", (cfg.cache_dim, hidden))
+    yield Expected("self_attn.kv_a_layernorm", "attn_kv_a_norm.weight", (latent,))
+    if f"blk.{i}.attn_kv_b.weight" in gguf.tensors:  # files of before the MLA split
+        yield Expected("self_attn.kv_b", "attn_kv_b.weight", (heads, cfg.qk_nope_head_dim + cfg.v_head_dim, latent))
+    else:
+        yield Expected("self_attn.k_b", "attn_k_b.weight", (heads, latent, cfg.qk_nope_head_dim))
+        yield Expected("self_attn.v_b", "attn_v_b.weight", (heads, cfg.v_head_dim, latent))
+    yield Expected("self_attn.o_proj", "attn_output.weight", (hidden, heads * cfg.v_head_dim))
+    yield Expected("post_attention_layernorm", "ffn_norm.weight", (hidden,))
+
+
+def _mlp(cfg: Config) -> Iterator[Expected]:
+    yield Expected("mlp.gate_proj", "ffn_gate.weight", (cfg.intermediate_size, cfg.hidden_size))
+    yield Expected("mlp.up_proj", "ffn_up.weight", (cfg.intermediate_size, cfg.hidden_size))
+    yield Expected("mlp.down_proj", "ffn_down.weight", (cfg.hidden_size, cfg.intermediate_size))
+
+
+def _moe(cfg: Config, gguf: GGUFFile, i: int) -> Iterator[Expected]:
+    experts, width, hidden = cfg.num_experts, cfg.moe_intermediate_size, cfg.hidden_size
+    yield Expected("mlp.gate", "ffn_gate_inp.weight", (experts, hidden))
+    yield Expected("mlp.e_score_correction_bias", "exp_probs_b.bias", (experts,), optional=True)
+    if f"blk.{i}.ffn_gate_up_exps.weight" in gguf.tensors:
+        yield Expected("mlp.experts.gate_up_proj", "ffn_gate_up_exps.weight", (experts, 2 * width, hidden))
+    else:
+        yield Expected("mlp.experts.gate_proj", "ffn_gate_exps.weight", (experts, width, hidden))
+        yield Expected("mlp.experts.up_proj", "ffn_up_exps.weight", (experts, width, hidden))
+    yield Expected("mlp.experts.down_proj", "ffn_down_exps.weight", (experts, hidden, width))
+    if cfg.num_shared_experts:
+        shared = cfg.num_shared_experts * width
+        yield Expected("mlp.shared_experts.gate_proj", "ffn_gate_shexp.weight", (shared, hidden))
+        yield Expected("mlp.shared_experts.up_proj", "ffn_up_shexp.weight", (shared, hidden))
+        yield Expected("mlp.shared_experts.down_proj", "ffn_down_shexp.weight", (hidden, shared))
+
+
+def plan(gguf: GGUFFile, cfg: Config) -> list[tuple[Expected, TensorInfo]]:
+    """What is to be loaded, in the order of the file. Reads no data.
+
+    Raises InputError for a tensor that is missing, has another shape than the metadata say, or a type that can't be
+    read.
+    """
+    pairs = []
+    for expected in expected_tensors(cfg, gguf):
+        info = gguf.tensors.get(expected.source)
+        if info is None:
+            if expected.optional:
+                continue
+            raise InputError(f"{gguf.path} has no tensor {expected.source}; download a complete conversion of this model")
+        flat = (*_flattened(expected.shape[:-1]), expected.shape[-1])
+        if info.shape not in (expected.shape, flat):
+            raise InputError(
+                f"{gguf.path}: tensor {info.name} has the shape {info.shape}, the metadata ask for {expected.shape}; "
+                "the file is damaged"
+            )
+        known = DENSE_TYPES if len(expected.shape) == 1 else (*DENSE_TYPES, *QUANT_TYPES, *EXPANDED_TYPES)
+        if info.type.name not in known:
+            raise InputError(
+                f"{gguf.path}: tensor {info.name} has the type {info.type.name}, which can't be read here; "
+                f"use a file with {', '.join(known)}"
+            )
+        pairs.append((expected, info))
+    return sorted(pairs, key=lambda pair: (pair[1].part, pair[1].offset))
+
+
+def _flattened(rows: tuple[int, ...]) -> tuple[int, ...]:
+    """k_b and v_b stand in some files with heads and rows as one dimension."""
+    product = 1
+    for n in rows:
+        product *= n
+    return (product,) if rows else ()
+
+
+def expanded_types(pairs: list[tuple[Expected, TensorInfo]]) -> list[str]:
+    """The types of this file that are held as float32 because they have no planes."""
+    return sorted({info.type.name for _, info in pairs if info.type.name in EXPANDED_TYPES})
+
+
+def check_memory(gguf: GGUFFile, pairs: list[tuple[Expected, TensorInfo]]) -> None:
+    """Raises InputError where the weights do not fit this machine."""
+    needed, available = sum(packed_nbytes(info.type, info.shape) for _, info in pairs), available_memory()
+    if needed > available:
+        raise InputError(
+            f"{gguf.path} needs {needed / 1e9:.1f} GB of memory, this machine has {available / 1e9:.1f} GB to give; "
+            "close other programs or take a smaller quantisation"
+        )
+
+
+def available_memory() -> int:
+    """Bytes that weights may take: Metal's recommended working set, else the memory that is free now."""
+    if mx.metal.is_available():
+        return int(mx.device_info()["max_recommended_working_set_size"])
+    return int(psutil.virtual_memory().available)
+
+
+def load(
+    gguf: GGUFFile,
+    cfg: Config,
+    pairs: list[tuple[Expected, TensorInfo]],
+    progress: Callable[[int], None] = lambda nbytes: None,
+) -> dict[str, Weight]:
+    """Read, repack and name the tensors of `plan`. `progress` gets the file bytes of each tensor once it is loaded.
+
+    At most one tensor is held twice at any time.
+    """
+    weights: dict[str, Weight] = {}
+    for expected, info in pairs:
+        weight = pack(gguf.raw(info.name).reshape(*expected.shape[:-1], -1), info.type, expected.shape)
+        for name, part in _split(expected.name, weight, cfg):
+            mx.eval(part if isinstance(part, mx.array) else part.planes)
+            weights[name] = part
+        del weight
+        gguf.release(info.name)
+        progress(info.nbytes)
+    return weights
+
+
+def _split(name: str, weight: Weight, cfg: Config) -> Iterator[tuple[str, Weight]]:
+    """Fused tensors as the model wants them; all others as they are, vectors in float32."""
+    stem, _, last = name.rpartition(".")
+    if last == "kv_b":
+        # Absorption needs k_b transposed, across its blocks: exact only as float32.
+        k_b = dequantize_ops(weight[:, : cfg.qk_nope_head_dim]).swapaxes(-1, -2)
+        yield f"{stem}.k_b", mx.contiguous(k_b)
+        yield f"{stem}.v_b", _contiguous(weight[:, cfg.qk_nope_head_dim :])
+    elif last == "gate_up_proj":
+        yield f"{stem}.gate_proj", _contiguous(weight[:, : cfg.moe_intermediate_size])
+        yield f"{stem}.up_proj", _contiguous(weight[:, cfg.moe_intermediate_size :])
+    else:
+        yield name, weight.astype(mx.float32) if isinstance(weight, mx.array) and weight.ndim == 1 else weight
+
+
+def _contiguous(weight: Weight) -> Weight:
+    """A part of a tensor as arrays of its own, so that the whole is freed."""
+    if isinstance(weight, mx.array):
+        return mx.contiguous(weight)
+    arrays = (None if p is None else mx.contiguous(p) for p in (weight.quants, weight.scales, weight.mins, weight.sub_scales))
+    quants, scales, mins, sub_scales = arrays
+    assert quants is not None and scales is not None
+    return QuantizedTensor(weight.type, weight.shape, quants, scales, mins, sub_scales)
+
+
+def quant_mix(pairs: list[tuple[Expected, TensorInfo]]) -> dict[str, int]:
+    """How many tensors have each type, most frequent first."""
+    counts: dict[GGMLQuantizationType, int] = {}
+    for _, info in pairs:
+        counts[info.type] = counts.get(info.type, 0) + 1
+    return {kind.name: n for kind, n in sorted(counts.items(), key=lambda item: -item[1])}
