@@ -4,6 +4,7 @@ Key names: llama.cpp `gguf-py/gguf/constants.py`. Field names: transformers `Glm
 """
 
 import math
+import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -88,8 +89,8 @@ class Config:
         architecture = metadata.get("general.architecture")
         if architecture not in ARCHITECTURES:
             raise InputError(
-                f"the architecture of this file is {architecture!r}; glm-mlx runs {' and '.join(ARCHITECTURES)} "
-                "(GLM-4.7-Flash, DeepSeek-V2-Lite)"
+                f"general.architecture = {reprlib.repr(architecture)} can't be run; give a file of "
+                f"{' or '.join(ARCHITECTURES)} (GLM-4.7-Flash, DeepSeek-V2-Lite)"
             )
         keys = _Keys(metadata, architecture)
         names = set(tensor_names)
@@ -100,7 +101,7 @@ class Config:
         for key in ("expert_group_count", "expert_group_used_count"):
             if keys.integer(key, 1, least=0) > 1:
                 raise keys.error(key, "means group-limited routing, which is not supported")
-        # Absorbed files say 576/512 in key_length/value_length and the real head sizes in *_mla; older files lack those.
+        # Absorbed files say 576/512 in key_length/value_length, the real head sizes in *_mla; older files lack those.
         qk_head_dim = keys.integer("attention.key_length_mla", None) or keys.integer("attention.key_length")
         v_head_dim = keys.integer("attention.value_length_mla", None) or keys.integer("attention.value_length")
         rope_dim = keys.integer("rope.dimension_count")
@@ -110,9 +111,10 @@ class Config:
         per_token = keys.integer("expert_used_count", 0, least=0)
         if per_token > num_experts or (num_experts and not per_token):
             raise keys.error("expert_used_count", f"does not fit {num_experts} experts")
+        name = metadata.get("general.name")
         return cls(
             architecture=architecture,
-            name=str(metadata.get("general.name", "unnamed model")),
+            name=name if isinstance(name, str) else "unnamed model",
             num_layers=num_layers,
             num_mtp_layers=num_mtp,
             context_length=keys.integer("context_length"),
@@ -126,20 +128,20 @@ class Config:
             qk_nope_head_dim=qk_head_dim - rope_dim,
             qk_rope_head_dim=rope_dim,
             v_head_dim=v_head_dim,
-            rope_theta=keys.number("rope.freq_base", 10000.0, above=0.0),
+            rope_theta=keys.number("rope.freq_base", 10000.0, least=2.0, most=1e12),
             yarn=_yarn(keys),
-            rms_norm_eps=keys.number("attention.layer_norm_rms_epsilon", above=0.0),
+            rms_norm_eps=keys.number("attention.layer_norm_rms_epsilon", least=1e-12, most=1.0),
             num_experts=num_experts,
             num_experts_per_tok=per_token,
             num_shared_experts=keys.integer("expert_shared_count", 0, least=0),
-            moe_intermediate_size=keys.integer("expert_feed_forward_length", None if num_experts else 0, least=0),
+            moe_intermediate_size=keys.integer("expert_feed_forward_length") if num_experts else 0,
             gating=_gating(keys, names),
             norm_topk_prob=keys.boolean("expert_weights_norm", False),
             # llama.cpp writes 0 for "no scale"
-            routed_scaling_factor=keys.number("expert_weights_scale", 1.0, above=-1.0) or 1.0,
+            routed_scaling_factor=keys.number("expert_weights_scale", 1.0, least=0.0, most=1e6) or 1.0,
             sampling=SamplingDefaults(
                 # The makers' advice for GLM-4.7-Flash where the file has none.
-                temperature=keys.general_number("sampling.temp", 1.0, 0.0, math.inf),
+                temperature=keys.general_number("sampling.temp", 1.0, 0.0, 100.0),
                 top_p=keys.general_number("sampling.top_p", 0.95, 0.0, 1.0),
                 top_k=int(keys.general_number("sampling.top_k", 0, 0, LARGEST)),
                 min_p=keys.general_number("sampling.min_p", 0.0, 0.0, 1.0),
@@ -157,7 +159,7 @@ class _Keys:
         return InputError(f"{self.prefix}{key} = {self._shown(key)} {why}; the file is damaged or too new")
 
     def _shown(self, key: str) -> str:
-        return repr(self.metadata.get(self.prefix + key))[:60]
+        return reprlib.repr(self.metadata.get(self.prefix + key))
 
     def _get(self, key: str, *default: Any) -> Any:
         value = self.metadata.get(self.prefix + key)
@@ -179,10 +181,11 @@ class _Keys:
             raise self.error(key, f"is not a whole number from {least}")
         return value
 
-    def number(self, key: str, *default: float, above: float) -> float:
+    def number(self, key: str, *default: float, least: float, most: float) -> float:
+        """The bounds are wide, and keep NaN, infinities and what float32 can't hold out of the model's arithmetic."""
         value = self._get(key, *default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not above < value < math.inf:
-            raise self.error(key, f"is not a number above {above:g}")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
+            raise self.error(key, f"is not a number from {least:g} to {most:g}")
         return float(value)
 
     def boolean(self, key: str, default: bool) -> bool:
@@ -194,14 +197,18 @@ class _Keys:
     def general_number(self, key: str, default: float, least: float, most: float) -> float:
         value = self.metadata.get("general." + key, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
-            raise InputError(f"general.{key} = {value!r} is not a number from {least:g} to {most:g}; the file is damaged")
+            raise InputError(
+                f"general.{key} = {reprlib.repr(value)} is not a number from {least:g} to {most:g}; the file is damaged"
+            )
         return value
 
 
 def _vocab_size(keys: _Keys) -> int:
     tokens = keys.metadata.get("tokenizer.ggml.tokens")
-    if not isinstance(tokens, list) or not tokens:
+    if tokens is None:
         raise InputError("the file has no tokenizer.ggml.tokens; download a newer conversion of this model")
+    if not isinstance(tokens, list) or not tokens:
+        raise InputError(f"tokenizer.ggml.tokens = {reprlib.repr(tokens)} is not a list of tokens; the file is damaged")
     return len(tokens)
 
 
@@ -222,9 +229,9 @@ def _yarn(keys: _Keys) -> Yarn | None:
     if kind != "yarn":
         raise keys.error("rope.scaling.type", "is neither none nor yarn")
     return Yarn(
-        factor=keys.number("rope.scaling.factor", above=0.0),
+        factor=keys.number("rope.scaling.factor", least=1.0, most=1e6),
         original_context_length=keys.integer("rope.scaling.original_context_length"),
-        log_multiplier=keys.number("rope.scaling.yarn_log_multiplier", 0.0, above=-1.0),
-        beta_fast=keys.number("rope.scaling.yarn_beta_fast", 32.0, above=0.0),
-        beta_slow=keys.number("rope.scaling.yarn_beta_slow", 1.0, above=0.0),
+        log_multiplier=keys.number("rope.scaling.yarn_log_multiplier", 0.0, least=0.0, most=10.0),
+        beta_fast=keys.number("rope.scaling.yarn_beta_fast", 32.0, least=1e-6, most=1e6),
+        beta_slow=keys.number("rope.scaling.yarn_beta_slow", 1.0, least=1e-6, most=1e6),
     )

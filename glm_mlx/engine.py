@@ -98,7 +98,7 @@ class Engine:
             ahead = sampler(self._forward(sample.token)) if n + 1 < max_tokens else None
             if ahead is not None:
                 mx.async_eval(ahead.arrays())  # the device goes on while the host looks at this token
-            token = int(sample.token.item())
+            token = int(sample.token)
             now = time.perf_counter()
             if n == 0:
                 stats.time_to_first_token = now - start
@@ -145,5 +145,5 @@ def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
 def _logprobs(sample: Sample) -> tuple[float | None, list[tuple[int, float]] | None]:
     if sample.logprob is None or sample.top_tokens is None or sample.top_logprobs is None:
         return None, None
-    ids, values = sample.top_tokens[0].tolist(), sample.top_logprobs[0].tolist()
-    return float(sample.logprob.item()), [(int(i), float(v)) for i, v in zip(ids, values, strict=True)]
+    tops = [(int(i), float(v)) for i, v in zip(sample.top_tokens[0], sample.top_logprobs[0], strict=True)]
+    return float(sample.logprob), tops

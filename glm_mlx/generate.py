@@ -38,10 +38,15 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     text = parser.add_argument_group("model and text")
-    text.add_argument("text", nargs="?", metavar="PROMPT", help="what to say to the model; - or nothing reads standard input")
+    text.add_argument(
+        "text", nargs="?", metavar="PROMPT", help="what to say to the model; - or nothing reads standard input"
+    )
     text.add_argument("--prompt", "-p", metavar="TEXT", help="the same, as an option")
     text.add_argument(
-        "--model", "-m", metavar="M", help="a .gguf file (the first part of a split one), or OWNER/REPO[:QUANT] on the hub"
+        "--model",
+        "-m",
+        metavar="M",
+        help="a .gguf file (the first part of a split one), or OWNER/REPO[:QUANT] on the hub",
     )
     text.add_argument("--system", "-s", metavar="TEXT", help="the system message")
     text.add_argument("--chat", action="store_true", help="talk turn by turn; /reset forgets, Ctrl-C stops an answer")
@@ -50,15 +55,24 @@ def build_parser() -> argparse.ArgumentParser:
     text.add_argument("--count", "-n", type=int, default=2048, metavar="N", help="at most N tokens (default 2048)")
 
     sampling = parser.add_argument_group("sampling (defaults: the file's own, else temperature 1.0, top-p 0.95)")
-    sampling.add_argument("--temperature", "--temp", type=float, metavar="T", help="0 always takes the most likely token")
+    sampling.add_argument(
+        "--temperature", "--temp", type=float, metavar="T", help="0 always takes the most likely token"
+    )
     sampling.add_argument("--top-k", type=int, metavar="K", help="keep the K most likely tokens; 0 is off")
     sampling.add_argument("--top-p", type=float, metavar="P", help="keep the most likely tokens up to this probability")
     sampling.add_argument("--min-p", type=float, metavar="P", help="drop tokens below P times the most likely one")
-    sampling.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R", help="over 1 makes repeats rarer")
+    sampling.add_argument(
+        "--repetition-penalty", type=float, default=1.0, metavar="R", help="over 1 makes repeats rarer"
+    )
     sampling.add_argument("--presence-penalty", type=float, default=0.0, metavar="X", help="for tokens the answer has")
     sampling.add_argument("--frequency-penalty", type=float, default=0.0, metavar="X", help="the same, for each use")
     sampling.add_argument(
-        "--logit-bias", type=_bias, action="append", default=[], metavar="ID=X", help="add X to a token's logit; repeatable"
+        "--logit-bias",
+        type=_bias,
+        action="append",
+        default=[],
+        metavar="ID=X",
+        help="add X to a token's logit; repeatable",
     )
     sampling.add_argument("--seed", type=int, metavar="N", help="same seed, same text (default: from the clock)")
 

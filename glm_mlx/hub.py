@@ -44,7 +44,9 @@ def _download(repo: str, quant: str) -> Path:
             raise InputError(f"{repo} has no {quant} file; it has {have}: name one as {repo}:QUANT")
         return Path([huggingface_hub.hf_hub_download(repo, part) for part in parts][0])
     except (RepositoryNotFoundError, EntryNotFoundError):
-        raise InputError(f"the hub has no public repository {repo}, and there is no such path; check the name") from None
+        raise InputError(
+            f"the hub has no public repository {repo}, and there is no such path; check the name"
+        ) from None
     except OSError as error:  # every network fault of the library is one
         cached = _cached(repo, quant)
         if cached:

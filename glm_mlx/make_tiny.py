@@ -274,9 +274,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m glm_mlx.make_tiny", description=__doc__.splitlines()[0])
     parser.add_argument("path", help="the file to write")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--full-width", action="store_true", help="GLM-4.7-Flash's real widths, one dense and one MoE layer")
-    parser.add_argument("--type", default="Q4_0", choices=sorted([*_SPREAD, "F16", "BF16", "F32"]), help="of every matrix")
-    parser.add_argument("--override", action="append", default=[], metavar="PART=TYPE", help="type of the tensors so named")
+    parser.add_argument(
+        "--full-width", action="store_true", help="GLM-4.7-Flash's real widths, one dense and one MoE layer"
+    )
+    parser.add_argument(
+        "--type", default="Q4_0", choices=sorted([*_SPREAD, "F16", "BF16", "F32"]), help="of every matrix"
+    )
+    parser.add_argument(
+        "--override", action="append", default=[], metavar="PART=TYPE", help="type of the tensors so named"
+    )
     parser.add_argument("--mtp", action="store_true", help="add a multi-token-prediction layer")
     parser.add_argument("--layout", choices=("split", "flat", "kv_b"), default="split", help="of attn_k_b and attn_v_b")
     args = parser.parse_args()

@@ -136,9 +136,9 @@ class MoE:
     def __init__(self, cfg: Config, weights: Weights):
         self.cfg = cfg
         self.gate = weights["gate"]
-        self.e_score_correction_bias = weights.vector("e_score_correction_bias") if (
-            "e_score_correction_bias" in weights
-        ) else None
+        self.e_score_correction_bias = (
+            weights.vector("e_score_correction_bias") if ("e_score_correction_bias" in weights) else None
+        )
         self.gate_proj, self.up_proj, self.down_proj = (weights[f"experts.{n}_proj"] for n in ("gate", "up", "down"))
         self.shared_gate, self.shared_up, self.shared_down = (
             weights.get(f"shared_experts.{n}_proj") for n in ("gate", "up", "down")
@@ -226,16 +226,17 @@ def activation_dtype() -> mx.Dtype:
     return mx.float32 if mx.default_device() == mx.Device(mx.cpu) else mx.bfloat16
 
 
-def decode_bytes(cfg: Config, weights: Mapping[str, Weight], cache: LatentCache) -> int:
-    """Bytes of weights and cache that one decoded token reads: K of E experts, one embedding row, every cached row."""
-    total = cfg.num_layers * cache.offset * cfg.cache_dim * cache.dtype.size
+def decode_bytes(cfg: Config, weights: Mapping[str, Weight], dtype: mx.Dtype) -> tuple[int, int]:
+    """What one decoded token reads: (bytes of weights, bytes more for each token in the context).
+
+    Of the experts K of E are read, of the embedding one row; everything else whole.
+    """
+    total = 0
     for name, weight in weights.items():
         if ".experts." in name:
             total += weight.nbytes // cfg.num_experts * cfg.num_experts_per_tok
-        elif name == "embed_tokens":
+        elif name == "embed_tokens" and "lm_head" in weights:
             total += weight.nbytes // cfg.vocab_size
-            if "lm_head" not in weights:
-                total += weight.nbytes
         else:
             total += weight.nbytes
-    return total
+    return total, cfg.num_layers * cfg.cache_dim * dtype.size

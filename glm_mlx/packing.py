@@ -6,7 +6,7 @@ Block layouts: llama.cpp `ggml-common.h`; the same in Python in `gguf.quants`.
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import gguf
 import mlx.core as mx
@@ -33,7 +33,8 @@ def pack(raw: Bytes, kind: GGMLQuantizationType, shape: tuple[int, ...]) -> Weig
         return mx.array(raw.view(np.uint16).reshape(shape)).view(mx.bfloat16)
     if kind in (GGMLQuantizationType.F16, GGMLQuantizationType.F32):
         return mx.array(raw.view(np.float16 if kind == GGMLQuantizationType.F16 else np.float32).reshape(shape))
-    return mx.array(gguf.quants.dequantize(raw, kind).reshape(shape))
+    with np.errstate(all="ignore"):  # infinite scales give what they give, without a warning to the user
+        return mx.array(gguf.quants.dequantize(raw, kind).reshape(shape))
 
 
 def packed_nbytes(kind: GGMLQuantizationType, shape: tuple[int, ...]) -> int:
@@ -92,7 +93,7 @@ def _nibbles(qs: Bytes) -> Bytes:
     return np.concatenate([qs & 0x0F, qs >> 4], axis=1)
 
 
-def _pack_bits(values: Bytes, bits: int) -> Bytes:
+def _pack_bits(values: npt.NDArray[Any], bits: int) -> Bytes:
     """(n, 8m) values below 2**bits, 5 or 6 -> (n, m * bits) bytes, one little-endian stream a row."""
     word = values.view(np.uint64)
     for width in (8, 16, 32):  # join neighbours: 2, then 4, then 8 values stand together
@@ -102,7 +103,7 @@ def _pack_bits(values: Bytes, bits: int) -> Bytes:
     return np.ascontiguousarray(word.view(np.uint8).reshape(len(values), -1, 8)[:, :, :bits]).reshape(len(values), -1)
 
 
-def _with_fifth_bit(low: Bytes, high: Bytes) -> Bytes:
+def _with_fifth_bit(low: Bytes, high: npt.NDArray[Any]) -> Bytes:
     return _pack_bits(low | (high << 4), 5)
 
 
@@ -125,7 +126,7 @@ def _split_q5_1(blocks: Bytes) -> tuple[Bytes, ...]:  # d 2, m 2, qh 4, qs 16
 
 
 def _split_q8_0(blocks: Bytes) -> tuple[Bytes, ...]:  # d 2, qs 32 signed
-    return _columns(blocks, 2, 34) ^ 0x80, blocks[:, :2]
+    return _columns(blocks, 2, 34) ^ np.uint8(0x80), blocks[:, :2]
 
 
 def _split_q4_k(blocks: Bytes) -> tuple[Bytes, ...]:  # d 2, dmin 2, scales 12, qs 4 * 32

@@ -1,18 +1,23 @@
 """What `generate` does once its arguments are read: load, encode, generate, print."""
 
 import argparse
+import itertools
 import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TextIO
+from types import TracebackType
+from typing import Any
 
 import mlx.core as mx
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.filesize import decimal
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from glm_mlx.chat import GLM_TEMPLATE, ChatTemplate, Part, ReasoningSplitter, encode_chat
@@ -25,41 +30,281 @@ from glm_mlx.model import decode_bytes
 from glm_mlx.sampling import SamplingParams
 
 STDERR = Console(stderr=True, highlight=False)
+CHAT_HELP = "/reset forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C stops an answer"
+Message = dict[str, Any]
 
 
 @dataclass
 class Answer:
-    """What one generation gave."""
-
     reasoning: str = ""
-    answer: str = ""
+    text: str = ""
     steps: list[Step] = field(default_factory=list)
-    bytes_read: list[int] = field(default_factory=list)  # by each step, weights and cache
     finish: str = "length"  # or "stop", "interrupted"
 
 
 def run(args: argparse.Namespace) -> int:
-    """Raises InputError and KeyboardInterrupt for `generate.main` to answer."""
+    """Raises InputError and KeyboardInterrupt, for `generate.main` to answer."""
+    _check(args)
     prompt = None if args.chat else _prompt(args)
-    params_without_file = _sampling(args, None)  # a bad option must not wait for a model to load
-    loaded = _load(args)
-    engine = Engine(loaded.model)
-    params = _sampling(args, loaded)
+    with _model_path(args) as path:
+        loaded = load_model(path)
+    talk = _Talk(loaded, args, _sampling(args, loaded))
     if args.verbose:
-        _describe(loaded, params)
-    talk = Conversation(loaded, engine, args)
-    del params_without_file
-    if args.chat:
-        return _chat(talk, args, params)
-    assert prompt is not None
+        _describe(loaded, talk.params)
+    if loaded.expanded_types:
+        names = ", ".join(loaded.expanded_types)
+        STDERR.print(f"note: {names} tensors are held as float32, exact but larger and slower")
+    return _chat(talk) if prompt is None else _answer_once(talk, prompt)
+
+
+class _Talk:
+    """A loaded model, the way its chat is encoded, and how its answers are printed."""
+
+    def __init__(self, loaded: Loaded, args: argparse.Namespace, params: SamplingParams):
+        self.loaded, self.args, self.params = loaded, args, params
+        self.engine = Engine(loaded.model)
+        self.opening: list[Message] = [{"role": "system", "content": args.system}] if args.system else []
+        source = loaded.gguf.metadata.get("tokenizer.chat_template", GLM_TEMPLATE)
+        self.template = ChatTemplate(source if isinstance(source, str) else GLM_TEMPLATE)
+
+    def encode(self, messages: list[Message]) -> list[int]:
+        # Reasoning stays in the history: dropping it would change the prefix, and the cache would miss from there.
+        return encode_chat(
+            self.loaded.tokenizer, self.template, messages, thinking=not self.args.no_think, clear_thinking=False
+        )
+
+    def encode_raw(self, text: str) -> list[int]:
+        """The text as it stands: names of special tokens in it are meant as such."""
+        tokenizer = self.loaded.tokenizer
+        ids = tokenizer.encode(text, special=True)
+        if tokenizer.add_bos and tokenizer.bos_id is not None and ids[:1] != [tokenizer.bos_id]:
+            ids.insert(0, tokenizer.bos_id)
+        return ids
+
+    def generate(self, ids: list[int]) -> Answer:
+        """Generate, and print as it comes. Ctrl-C ends the answer, which then says "interrupted"."""
+        tokenizer, answer, benchmark = self.loaded.tokenizer, Answer(), self.args.benchmark
+        stop_ids = tokenizer.stop_ids if benchmark is None else frozenset[int]()
+        splitter = ReasoningSplitter(tokenizer, starts_inside=ids[-1:] == [tokenizer.think_open_id])
+        # A benchmark runs one token further than it shows: the last one has no look-ahead beside it.
+        count = self.args.count if benchmark is None else benchmark + 1
+        try:
+            with _PrefillBar() as bar:
+                steps = self.engine.generate(ids, self.params, count, stop_ids, bar.update)
+                for step in itertools.islice(steps, benchmark or count):
+                    answer.steps.append(step)
+                    if step.token in stop_ids:
+                        answer.finish = "stop"
+                    else:
+                        self._take(answer, splitter.push(step.token))
+        except KeyboardInterrupt:
+            answer.finish = "interrupted"
+        self._take(answer, splitter.finish())
+        if not self.args.json:
+            if answer.text:
+                print(flush=True)
+            elif answer.reasoning:
+                STDERR.print("\n[no answer yet: it stopped inside the reasoning; raise --count or use --no-think]")
+        return answer
+
+    def _take(self, answer: Answer, parts: list[tuple[Part, str]]) -> None:
+        for part, text in parts:
+            if part == "answer":
+                if answer.reasoning and not answer.text and not self.args.json:
+                    STDERR.print("\n")
+                answer.text += text
+                if not self.args.json:
+                    print(text, end="", flush=True)
+            else:
+                answer.reasoning += text
+                if not self.args.json:
+                    STDERR.print(text, end="", style="dim", markup=False, soft_wrap=True)
+
+
+class _PrefillBar:
+    """A progress bar while a prompt is read, on a terminal and for more than one chunk; gone when it is done."""
+
+    def __init__(self) -> None:
+        columns = (TextColumn("reading the prompt"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self.progress = Progress(*columns, console=STDERR, transient=True, disable=not sys.stderr.isatty())
+        self.task = self.progress.add_task("")
+
+    def update(self, done: int, total: int) -> None:
+        self.progress.update(self.task, completed=done, total=total)
+        if done < total:
+            self.progress.start()
+        else:
+            self.progress.stop()
+
+    def __enter__(self) -> "_PrefillBar":
+        return self
+
+    def __exit__(self, *exc: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self.progress.stop()
+
+
+def _check(args: argparse.Namespace) -> None:
+    """What can be wrong with the options themselves, found before a model loads."""
+    if args.count < 1:
+        raise InputError(f"count is {args.count}; it must be 1 or more")
+    if args.benchmark is not None and args.benchmark < 2:
+        raise InputError(f"benchmark is {args.benchmark}; it must be 2 tokens or more")
+    if args.text is not None and args.prompt is not None:
+        raise InputError("there are two prompts, PROMPT and --prompt; give one")
+    for option in ("raw", "json", "benchmark"):
+        if args.chat and getattr(args, option):
+            raise InputError(f"--chat and --{option} do not go together; leave one out")
+    if args.raw and args.system:
+        raise InputError("--raw has no template to put --system into; leave one out")
+    if args.logprobs is not None and not args.json:
+        raise InputError("--logprobs needs --json; add it")
+    _sampling(args, None)
+
+
+def _prompt(args: argparse.Namespace) -> str:
+    text = args.text if args.text is not None else args.prompt
+    if text is None or text == "-":
+        if sys.stdin.isatty() and text is None:
+            raise InputError("there is no prompt; write one in quotes after the options, or use --chat (see -h)")
+        # Bytes that are no UTF-8 come through as surrogates, which the tokenizer turns back into those bytes.
+        text = sys.stdin.buffer.read().decode("utf-8", "surrogateescape")
+    if not text.strip():
+        raise InputError("the prompt is empty; write what the model is to answer")
+    return str(text)
+
+
+@contextmanager
+def _model_path(args: argparse.Namespace) -> Iterator[Path]:
+    if args.model is not None:
+        yield resolve(args.model)
+        return
+    with tempfile.TemporaryDirectory(prefix="glm-mlx-") as folder:
+        STDERR.print(
+            "no --model: using a tiny model with random weights, so the text will mean nothing. "
+            "The real one: --model OWNER/REPO:Q4_0 or a .gguf file of GLM-4.7-Flash",
+            soft_wrap=True,
+        )
+        yield make_tiny(Path(folder) / "tiny.gguf", TinySpec())
+
+
+def _sampling(args: argparse.Namespace, loaded: Loaded | None) -> SamplingParams:
+    """Options first, then the file's advice. Without a file: only to see whether the options are in range."""
+    advice: dict[str, Any] = asdict(loaded.config.sampling) if loaded else {}
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+    given = {name: getattr(args, name) for name in (*names, "logprobs") if getattr(args, name) is not None}
+    seed = time.time_ns() if args.seed is None else args.seed
+    return SamplingParams(**{**advice, **given, "logit_bias": dict(args.logit_bias), "seed": seed})
+
+
+def _answer_once(talk: _Talk, prompt: str) -> int:
+    args, loaded = talk.args, talk.loaded
     ids = talk.encode_raw(prompt) if args.raw else talk.encode([*talk.opening, {"role": "user", "content": prompt}])
-    answer = talk.generate(ids, params)
+    answer = talk.generate(ids)
     if args.json:
-        print(json.dumps(_report(loaded, engine, ids, answer, params), ensure_ascii=False))
-    else:
-        _figures(engine)
+        print(json.dumps(_report(talk, ids, answer), ensure_ascii=False))
     if args.benchmark is not None:
-        _benchmark_table(answer)
+        _benchmark_table(loaded, answer)
+    _figures(talk.engine)
     if answer.finish == "interrupted":
         raise KeyboardInterrupt
     return 0
+
+
+def _chat(talk: _Talk) -> int:
+    STDERR.print(CHAT_HELP, style="dim")
+    messages = list(talk.opening)
+    while True:
+        try:
+            STDERR.print("> ", end="", style="bold")
+            text = input()
+        except KeyboardInterrupt:
+            STDERR.print("\n" + CHAT_HELP, style="dim")
+            continue
+        except EOFError:
+            STDERR.print()
+            return 0
+        if text.strip() in ("/exit", "/quit"):
+            return 0
+        if text.strip() == "/reset":
+            messages = list(talk.opening)
+            STDERR.print("the conversation is forgotten", style="dim")
+            continue
+        if not text.strip():
+            continue
+        turn: list[Message] = [*messages, {"role": "user", "content": text}]
+        try:
+            answer = talk.generate(talk.encode(turn))
+        except InputError as error:  # too long for the context, say: the conversation before this turn stays
+            STDERR.print(f"error: {error}", markup=False, soft_wrap=True)
+            continue
+        messages = [*turn, {"role": "assistant", "content": answer.text, "reasoning_content": answer.reasoning}]
+        if talk.args.verbose:
+            _figures(talk.engine)
+
+
+def _describe(loaded: Loaded, params: SamplingParams) -> None:
+    cfg = loaded.config
+    mix = ", ".join(f"{n} {kind}" for kind, n in loaded.quant_mix.items())
+    fixed, per_row = decode_bytes(cfg, loaded.weights, loaded.model.dtype)
+    STDERR.print(
+        f"model    {cfg.name}: {cfg.architecture}, {cfg.num_layers} layers, {cfg.num_experts} experts, "
+        f"{cfg.num_experts_per_tok} used, context {cfg.context_length:,}\n"
+        f"file     {loaded.gguf.path}: {decimal(loaded.nbytes)} of weights ({mix}), "
+        f"loaded in {loaded.seconds:.2f} s\n"
+        f"runs on  {mx.default_device()}, activations {str(loaded.model.dtype).removeprefix('mlx.core.')}, "
+        f"MLX {version('mlx')}\n"
+        f"a token reads {decimal(fixed)} of weights and {decimal(per_row)} for each token before it\n"
+        f"sampling temperature {params.temperature:g}, top-k {params.top_k}, top-p {params.top_p:g}, "
+        f"min-p {params.min_p:g}, seed {params.seed}",
+        soft_wrap=True,
+        markup=False,
+    )
+
+
+def _figures(engine: Engine) -> None:
+    s = engine.stats
+    cached = f" ({s.cached_tokens:,} cached)" if s.cached_tokens else ""
+    STDERR.print(
+        f"\\[prompt {s.prompt_tokens:,} tokens{cached}, {s.prefill_tok_s:.1f} tok/s; "
+        f"answer {s.decode_tokens:,} tokens, {s.decode_tok_s:.1f} tok/s; "
+        f"first after {s.time_to_first_token:.2f} s; peak memory {decimal(s.peak_memory)}]",
+        style="dim",
+        soft_wrap=True,
+    )
+
+
+def _benchmark_table(loaded: Loaded, answer: Answer) -> None:
+    """Every token, the first ones too: what is warm-up and what is not can be seen."""
+    fixed, per_row = decode_bytes(loaded.config, loaded.weights, loaded.model.dtype)
+    table = Table("token", "ms", "tok/s", "GB/s", title="decode, token by token")
+    for column in table.columns:
+        column.justify = "right"
+    for n, step in enumerate(answer.steps[1:], 2):  # the first comes from the prefill
+        rate = (fixed + per_row * step.position) / step.seconds / 1e9
+        table.add_row(str(n), f"{step.seconds * 1e3:.2f}", f"{1 / step.seconds:.1f}", f"{rate:.2f}")
+    STDERR.print(table)
+
+
+def _report(talk: _Talk, ids: list[int], answer: Answer) -> dict[str, Any]:
+    loaded, stats = talk.loaded, talk.engine.stats
+    tokenizer = loaded.tokenizer
+    report: dict[str, Any] = {
+        "model": str(loaded.gguf.path),
+        "prompt_ids": ids,
+        "ids": [step.token for step in answer.steps],
+        "text": answer.text,
+        "reasoning": answer.reasoning,
+        "finish_reason": answer.finish,
+        "sampling": asdict(talk.params),
+        "stats": asdict(stats) | {"prefill_tok_s": stats.prefill_tok_s, "decode_tok_s": stats.decode_tok_s},
+    }
+    if talk.params.logprobs is not None:
+        report["logprobs"] = [
+            {
+                "token": tokenizer.token(step.token),
+                "logprob": step.logprob,
+                "top": [[tokenizer.token(token), value] for token, value in step.top_logprobs or []],
+            }
+            for step in answer.steps
+        ]
+    return report

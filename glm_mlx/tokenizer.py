@@ -41,7 +41,7 @@ _DEEPSEEK_CJK = "4E00-9FA5 800-4E00 AC00-D7FF"
 
 def _class(ranges: str) -> str:
     """A regex character class from hexadecimal code points and ranges."""
-    items = ("-".join(rf"\x{{{point}}}" for point in item.split("-")) for item in ranges.split())
+    items = (re.sub(r"[0-9A-F]+", lambda point: chr(int(point[0], 16)), item) for item in ranges.split())
     return f"[{''.join(items)}]"
 
 

@@ -4,6 +4,7 @@ Names on our side are the checkpoint's (transformers `Glm4MoeLite`): `layers.3.s
 header says is checked against the configuration before the first byte of data is read.
 """
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ from gguf.constants import GGMLQuantizationType
 
 from glm_mlx.config import Config
 from glm_mlx.errors import InputError
-from glm_mlx.gguf import GGUFFile, TensorInfo
+from glm_mlx.gguf import GGUFFile, TensorInfo, shown
 from glm_mlx.packing import pack, packed_nbytes
 from kernels.planes import QUANT_TYPES, QuantizedTensor, Weight, dequantize_ops
 
@@ -93,30 +94,47 @@ def _moe(cfg: Config, gguf: GGUFFile, i: int) -> Iterator[Expected]:
 def plan(gguf: GGUFFile, cfg: Config) -> list[tuple[Expected, TensorInfo]]:
     """What is to be loaded, in the order of the file. Reads no data.
 
-    Raises InputError for a tensor that is missing, has another shape than the metadata say, or a type that can't be
-    read.
+    Raises InputError for a tensor that is missing, has another shape than the metadata say, a type that can't be read,
+    or no place in the model: to leave one out without a word would be to run another model.
     """
-    pairs = []
+    path, pairs = shown(gguf.path), []
     for expected in expected_tensors(cfg, gguf):
         info = gguf.tensors.get(expected.source)
         if info is None:
             if expected.optional:
                 continue
-            raise InputError(f"{gguf.path} has no tensor {expected.source}; download a complete conversion of this model")
+            raise InputError(f"{path} has no tensor {expected.source}; download a complete conversion of this model")
         flat = (*_flattened(expected.shape[:-1]), expected.shape[-1])
         if info.shape not in (expected.shape, flat):
             raise InputError(
-                f"{gguf.path}: tensor {info.name} has the shape {info.shape}, the metadata ask for {expected.shape}; "
+                f"{path}: tensor {info.name} has the shape {info.shape}, the metadata ask for {expected.shape}; "
                 "the file is damaged"
             )
         known = DENSE_TYPES if len(expected.shape) == 1 else (*DENSE_TYPES, *QUANT_TYPES, *EXPANDED_TYPES)
         if info.type.name not in known:
             raise InputError(
-                f"{gguf.path}: tensor {info.name} has the type {info.type.name}, which can't be read here; "
+                f"{path}: tensor {info.name} has the type {info.type.name}, which can't be read here; "
                 f"use a file with {', '.join(known)}"
             )
         pairs.append((expected, info))
+    planned = {info.name for _, info in pairs}
+    for name in gguf.tensors:
+        if name not in planned and not _is_spare(name, cfg):
+            raise InputError(
+                f"{path} holds the tensor {shown(name, 80)}, which has no place in a model of {cfg.num_layers} layers "
+                "with these metadata; use another GGUF file of this model"
+            )
     return sorted(pairs, key=lambda pair: (pair[1].part, pair[1].offset))
+
+
+def _is_spare(name: str, cfg: Config) -> bool:
+    """MTP layers, and k_b and v_b in files that have kv_b beside them."""
+    block = re.fullmatch(r"blk\.([0-9]{1,9})\.(.+)", name)
+    if block is None:
+        return False
+    if int(block[1]) < cfg.num_layers:
+        return block[2] in ("attn_k_b.weight", "attn_v_b.weight")
+    return int(block[1]) < cfg.num_layers + cfg.num_mtp_layers
 
 
 def _flattened(rows: tuple[int, ...]) -> tuple[int, ...]:
@@ -137,8 +155,8 @@ def check_memory(gguf: GGUFFile, pairs: list[tuple[Expected, TensorInfo]]) -> No
     needed, available = sum(packed_nbytes(info.type, info.shape) for _, info in pairs), available_memory()
     if needed > available:
         raise InputError(
-            f"{gguf.path} needs {needed / 1e9:.1f} GB of memory, this machine has {available / 1e9:.1f} GB to give; "
-            "close other programs or take a smaller quantisation"
+            f"{shown(gguf.path)} needs {needed / 1e9:.1f} GB of memory, this machine has {available / 1e9:.1f} GB to "
+            "give; close other programs or take a smaller quantisation"
         )
 
 
@@ -190,7 +208,9 @@ def _contiguous(weight: Weight) -> Weight:
     """A part of a tensor as arrays of its own, so that the whole is freed."""
     if isinstance(weight, mx.array):
         return mx.contiguous(weight)
-    arrays = (None if p is None else mx.contiguous(p) for p in (weight.quants, weight.scales, weight.mins, weight.sub_scales))
+    arrays = (
+        None if p is None else mx.contiguous(p) for p in (weight.quants, weight.scales, weight.mins, weight.sub_scales)
+    )
     quants, scales, mins, sub_scales = arrays
     assert quants is not None and scales is not None
     return QuantizedTensor(weight.type, weight.shape, quants, scales, mins, sub_scales)

@@ -27,11 +27,11 @@ def qmv_ops(x: mx.array, w: Weight) -> mx.array:
     x32 = x.astype(mx.float32)
     if w.type.name == "IQ4_NL":
         return (x32 @ dequantize_ops(w).swapaxes(-1, -2)).astype(x.dtype)
-    y = sum(
+    terms = [
         mx.quantized_matmul(part, w.quants, scales, biases, True, GROUP, w.type.bits)
         for part, scales, biases in _affine_terms(x32, w)
-    )
-    return y.astype(x.dtype)
+    ]
+    return _sum(terms).astype(x.dtype)
 
 
 def gather_qmv_ops(x: mx.array, w: Weight, experts: mx.array) -> mx.array:
@@ -42,11 +42,11 @@ def gather_qmv_ops(x: mx.array, w: Weight, experts: mx.array) -> mx.array:
     if isinstance(w, mx.array) or w.type.name == "IQ4_NL":
         y = mx.gather_mm(x32, dequantize_ops(w).swapaxes(-1, -2), rhs_indices=experts)
     else:
-        y = sum(
-            mx.gather_qmm(
-                part, w.quants, scales, biases, rhs_indices=experts, transpose=True, group_size=GROUP, bits=w.type.bits
-            )
-            for part, scales, biases in _affine_terms(x32, w)
+        y = _sum(
+            [
+                mx.gather_qmm(part, w.quants, scales, biases, None, experts, True, GROUP, w.type.bits)
+                for part, scales, biases in _affine_terms(x32, w)
+            ]
         )
     return y[..., 0, :].astype(x.dtype)
 
@@ -66,6 +66,10 @@ def _affine_terms(x: mx.array, w: QuantizedTensor) -> list[tuple[mx.array, mx.ar
         keep = mx.arange(2)[:, None] == half
         terms.append((mx.flatten(mx.where(keep, halves, 0), -3), scales[..., half::2], biases[..., half::2]))
     return terms
+
+
+def _sum(terms: list[mx.array]) -> mx.array:
+    return terms[0] if len(terms) == 1 else terms[0] + terms[1]
 
 
 def embed_ops(w: Weight, tokens: mx.array) -> mx.array:

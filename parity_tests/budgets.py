@@ -1,0 +1,62 @@
+"""Every tolerance of the tests, in one table, with its reason.
+
+An error is `max |got - want| / max |want|` over an array. Worst errors of a run are printed at its end.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+
+@dataclass(frozen=True)
+class Budget:
+    most: float
+    why: str
+
+
+BUDGETS = {
+    "dequantize": Budget(0.0, "same formula, same roundings as gguf.quants: bit for bit"),
+    "matmul": Budget(5e-6, "float32 sums in another order than float64; worst seen 1.2e-6"),
+    "attention op": Budget(5e-6, "softmax and two matmuls in float32 against float64"),
+    "embed": Budget(0.0, "the same values"),
+    "layer taps": Budget(2e-5, "one layer on the reference's own input; worst seen 3e-6"),
+    "router weights": Budget(2e-5, "sigmoids of logits that agree to 'layer taps'"),
+    "logits": Budget(1e-4, "a whole model, free-running: what the project promises in float32"),
+    "same path": Budget(2e-5, "the product against itself: other chunks, other matmul shapes"),
+    "sampling": Budget(1e-6, "probabilities in float32"),
+    "embed, 16-bit": Budget(2**-8, "one rounding to bfloat16"),
+    "layer taps, 16-bit": Budget(4e-2, "bfloat16 between ops (2**-8 each), a dozen roundings a layer"),
+    "router weights, 16-bit": Budget(4e-2, "from a bfloat16 ffn_norm"),
+    "logits, 16-bit": Budget(8e-2, "3 layers of bfloat16 roundings; worst seen 1.7e-2"),
+}
+
+# A router choice may differ where the reference's K-th and (K+1)-th scores are closer than this.
+NEAR_TIE = 1e-5
+
+worst: dict[str, tuple[float, str]] = {}  # class -> (error / budget, error, where), of this process
+checks: dict[str, int] = {}
+
+
+def relative_error(got: npt.ArrayLike, want: npt.ArrayLike) -> float:
+    """max |got - want| / max |want|; inf where shapes differ or one is not a number and the other is."""
+    a, b = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    if a.shape != b.shape or not np.array_equal(np.isfinite(a), np.isfinite(b)):
+        return float("inf")
+    finite = np.isfinite(b)
+    scale = np.abs(b[finite]).max(initial=0.0)
+    difference = np.abs(a[finite] - b[finite]).max(initial=0.0)
+    return float(difference / scale if scale else difference)
+
+
+def check(kind: str, got: npt.ArrayLike, want: npt.ArrayLike, where: str = "") -> None:
+    """Assert that `got` is within the budget of its class, and remember the error for the table at the end."""
+    error = relative_error(got, want)
+    record(kind, error, where)
+    assert error <= BUDGETS[kind].most, f"{kind}, {where}: error {error:.3g}, budget {BUDGETS[kind].most:.3g}"
+
+
+def record(kind: str, error: float, where: str) -> None:
+    checks[kind] = checks.get(kind, 0) + 1
+    if kind not in worst or error > worst[kind][0]:
+        worst[kind] = (error, where)

@@ -1,0 +1,68 @@
+"""Shared files, and the table of worst errors at the end of a run."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from rich.console import Console
+from rich.table import Table
+
+from glm_mlx.make_tiny import TinySpec, make_tiny
+from parity_tests import budgets
+
+MakeModel = Callable[[TinySpec], Path]
+_reports: list[dict[str, Any]] = []
+
+
+@pytest.fixture(autouse=True)
+def _on_the_cpu() -> Iterator[None]:
+    """The float32 parity of the CPU back end is what CI proves; GPU runs name their device themselves."""
+    before = mx.default_device()
+    mx.set_default_device(mx.cpu)
+    yield
+    mx.set_default_device(before)
+
+
+@pytest.fixture(scope="session")
+def model_file(tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
+    """A function from spec to file; each file is written once."""
+    folder = tmp_path_factory.mktemp("models")
+    files: dict[str, Path] = {}
+
+    def make(spec: TinySpec) -> Path:
+        key = repr(spec)
+        if key not in files:
+            files[key] = make_tiny(folder / f"{len(files)}.gguf", spec)
+        return files[key]
+
+    return make
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    report = {"worst": budgets.worst, "checks": budgets.checks}
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["budgets"] = report
+    else:
+        _reports.append(report)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    _reports.append(getattr(node, "workeroutput", {}).get("budgets", {"worst": {}, "checks": {}}))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    table = Table("class", "checks", "worst error", "budget", "where", title="worst error of each class")
+    for kind, budget in budgets.BUDGETS.items():
+        seen = [report["worst"][kind] for report in _reports if kind in report["worst"]]
+        if seen:
+            error, where = max(seen)
+            count = sum(report["checks"].get(kind, 0) for report in _reports)
+            table.add_row(kind, str(count), f"{error:.2e}", f"{budget.most:.0e}", where)
+    if table.row_count:
+        console = Console(width=120)
+        with console.capture() as capture:
+            console.print(table)
+        terminalreporter.write_line(capture.get())
