@@ -66,8 +66,9 @@ class TensorInfo:
 def shown(name: object, most: int = 4096) -> str:
     """A path, or a name that a file gives, as part of one line: unprintable characters escaped, cut off at `most`."""
     text = str(name)
-    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:most])
-    return line if len(text) <= most else line + "..."
+    if len(text) > most:
+        text = text[:most] + "..."
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 class _Cursor:
@@ -162,14 +163,13 @@ class GGUFFile:
         flat = np.frombuffer(self.parts[info.part], np.uint8, info.nbytes, info.offset)
         return flat.reshape(*info.shape[:-1], -1)
 
-    def release(self, name: str) -> None:
-        """Give the memory of a tensor's pages back to the system; they are read again when needed."""
+    def release(self, name: str, start: int, stop: int) -> None:
+        """Give the pages under some bytes of a tensor back to the system; they are read again when needed."""
         info = self.tensors[name]
-        if hasattr(mmap, "MADV_DONTNEED"):
-            start = -(-info.offset // mmap.PAGESIZE) * mmap.PAGESIZE
-            length = info.offset + info.nbytes - start
-            if length > 0:
-                self.parts[info.part].madvise(mmap.MADV_DONTNEED, start, length)
+        page = mmap.PAGESIZE
+        first, end = (info.offset + start) // page * page, (info.offset + stop) // page * page
+        if hasattr(mmap, "MADV_DONTNEED") and end > first:
+            self.parts[info.part].madvise(mmap.MADV_DONTNEED, first, end - first)
 
     def _read_other_parts(self, first: Path) -> None:
         count = self.metadata.get(Keys.Split.LLM_KV_SPLIT_COUNT, 1)
@@ -191,10 +191,9 @@ class GGUFFile:
                 f"{shown(first)} is part {int(name['no'])} of {count}; "
                 f"give {shown(name['stem'])}-00001-of-{name['count']}.gguf"
             )
-        _check_part(first, self.metadata, 1, count)
+        _check_part(shown(first), self.metadata, 1, count)
         for no in range(2, count + 1):
-            path = first.with_name(f"{name['stem']}-{no:05}-of-{count:05}.gguf")
-            _check_part(path, self._read_part(path), no, count)
+            self._read_part(first.with_name(f"{name['stem']}-{no:05}-of-{count:05}.gguf"), no, count)
         total = self.metadata.get(Keys.Split.LLM_KV_SPLIT_TENSORS_COUNT, len(self.tensors))
         if total != len(self.tensors):
             raise InputError(
@@ -202,7 +201,7 @@ class GGUFFile:
                 f"{reprlib.repr(total)}; download the parts again"
             )
 
-    def _read_part(self, path: Path) -> dict[str, Any]:
+    def _read_part(self, path: Path, no: int = 1, count: int = 1) -> dict[str, Any]:
         data = _map(path)
         cursor = _Cursor(data, shown(path))
         if data[:4] != struct.pack("<I", GGUF_MAGIC):
@@ -215,6 +214,8 @@ class GGUFFile:
             raise InputError(f"{cursor.path} {kind}, only little-endian versions 2 and 3 can be read; convert it anew")
         tensor_count, kv_count = cursor.number("Q", "the tensor count"), cursor.number("Q", "the key count")
         metadata = dict(_key_values(cursor, kv_count))
+        if no > 1:
+            _check_part(cursor.path, metadata, no, count)
         alignment = metadata.get(Keys.General.ALIGNMENT, GGUF_DEFAULT_ALIGNMENT)
         if type(alignment) is not int or alignment <= 0 or alignment & (alignment - 1):
             raise InputError(
@@ -250,12 +251,12 @@ def _aligned(size: int, alignment: int) -> int:
     return -(-size // alignment) * alignment
 
 
-def _check_part(path: Path, metadata: Mapping[str, Any], no: int, count: int) -> None:
+def _check_part(path: str, metadata: Mapping[str, Any], no: int, count: int) -> None:
     """Raises InputError where a part is another one than its name says."""
     is_no, is_count = (metadata.get(key) for key in (Keys.Split.LLM_KV_SPLIT_NO, Keys.Split.LLM_KV_SPLIT_COUNT))
     if (is_no, is_count) != (no - 1, count):
         raise InputError(
-            f"{shown(path)} should be part {no} of {count}, but its header says {Keys.Split.LLM_KV_SPLIT_NO} "
+            f"{path} should be part {no} of {count}, but its header says {Keys.Split.LLM_KV_SPLIT_NO} "
             f"{reprlib.repr(is_no)} (from 0) of {reprlib.repr(is_count)}; download the parts again"
         )
 

@@ -1,11 +1,10 @@
-"""GGUF blocks to planes (`kernels.planes` describes those), in numpy, a megabyte at a time on all cores.
+"""GGUF blocks to planes (`kernels.planes` describes those), in numpy, straight into the arrays that MLX will read.
 
 Block layouts: llama.cpp `ggml-common.h`; the same in Python in `gguf.quants`.
 """
 
-import os
+import math
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeAlias
 
 import gguf
@@ -17,24 +16,30 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from kernels.planes import QUANT_TYPES, QuantizedTensor, Weight
 
 Bytes: TypeAlias = npt.NDArray[np.uint8]
-CHUNK_BYTES = 1 << 20  # of a file; small enough that the passes over it stay in a core's cache
+CHUNK_BYTES = (
+    1 << 16
+)  # of a file: the dozen passes over a chunk stay in the cache, and its temporaries in malloc's arenas
 
-_pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="pack")
 
-
-def pack(raw: Bytes, kind: GGMLQuantizationType, shape: tuple[int, ...]) -> Weight:
+def pack(
+    raw: Bytes, kind: GGMLQuantizationType, shape: tuple[int, ...], on_bytes: Callable[[int], None] = lambda done: None
+) -> Weight:
     """The bytes of a tensor, (..., bytes of a row) uint8, as a weight of `shape`. Exact for every type.
 
-    Types without planes are expanded to float32. Raises NotImplementedError where `gguf` can't expand one either.
+    `on_bytes` gets the number of bytes of `raw` that are done, now and then and at the end. Types without planes are
+    expanded to float32; NotImplementedError where `gguf` can't expand one either.
     """
     if kind.name in QUANT_TYPES:
-        return _pack_planes(raw, kind, shape)
-    if kind == GGMLQuantizationType.BF16:
-        return mx.array(raw.view(np.uint16).reshape(shape)).view(mx.bfloat16)
-    if kind in (GGMLQuantizationType.F16, GGMLQuantizationType.F32):
-        return mx.array(raw.view(np.float16 if kind == GGMLQuantizationType.F16 else np.float32).reshape(shape))
-    with np.errstate(all="ignore"):  # infinite scales give what they give, without a warning to the user
-        return mx.array(gguf.quants.dequantize(raw, kind).reshape(shape))
+        weight: Weight = _pack_planes(raw, kind, shape, on_bytes)
+    elif kind == GGMLQuantizationType.BF16:
+        weight = _copy(raw, mx.uint16, shape).view(mx.bfloat16)
+    elif kind in (GGMLQuantizationType.F16, GGMLQuantizationType.F32):
+        weight = _copy(raw, mx.float16 if kind == GGMLQuantizationType.F16 else mx.float32, shape)
+    else:
+        with np.errstate(all="ignore"):  # infinite scales give what they give, without a warning to the user
+            weight = mx.array(gguf.quants.dequantize(raw, kind).reshape(shape))
+    on_bytes(raw.nbytes)
+    return weight
 
 
 def packed_nbytes(kind: GGMLQuantizationType, shape: tuple[int, ...]) -> int:
@@ -45,30 +50,46 @@ def packed_nbytes(kind: GGMLQuantizationType, shape: tuple[int, ...]) -> int:
     return values // block * block_bytes if has_planes else 4 * values
 
 
-def _pack_planes(raw: Bytes, kind: GGMLQuantizationType, shape: tuple[int, ...]) -> QuantizedTensor:
+def _pack_planes(
+    raw: Bytes, kind: GGMLQuantizationType, shape: tuple[int, ...], on_bytes: Callable[[int], None]
+) -> QuantizedTensor:
     blocks = raw.reshape(-1, GGML_QUANT_SIZES[kind][1])
-    split = _SPLITTERS[kind.name]
-    planes = [np.empty((len(blocks), part.shape[1]), np.uint8) for part in split(blocks[:1])]
-    step = max(1, CHUNK_BYTES // blocks.shape[1])
-
-    def convert(start: int) -> None:
-        for plane, part in zip(planes, split(blocks[start : start + step]), strict=True):
-            plane[start : start + step] = part
-
-    list(_pool.map(convert, range(0, len(blocks), step)))
-    quant_type = QUANT_TYPES[kind.name]
+    quant_type, split = QUANT_TYPES[kind.name], _SPLITTERS[kind.name]
     names = ["quants", "scales", *["mins"] * quant_type.has_mins, *["sub_scales"] * quant_type.is_super]
     dtypes = {
-        "quants": np.uint32,
-        "scales": np.float16,
-        "mins": np.float16,
-        "sub_scales": np.uint8 if quant_type.has_mins else np.int8,
+        "quants": mx.uint32,
+        "scales": mx.float16,
+        "mins": mx.float16,
+        "sub_scales": mx.uint8 if quant_type.has_mins else mx.int8,
     }
-    arrays = {
-        name: mx.array(plane.reshape(*shape[:-1], -1).view(dtypes[name]))
-        for name, plane in zip(names, planes, strict=True)
-    }
+    arrays, views = {}, []
+    for name, part in zip(names, split(blocks[:1]), strict=True):
+        row_bytes = len(blocks) * part.shape[1] // math.prod(shape[:-1])
+        arrays[name], view = _allocate((*shape[:-1], row_bytes // dtypes[name].size), dtypes[name])
+        views.append(view.reshape(len(blocks), part.shape[1]))
+    step = max(1, CHUNK_BYTES // blocks.shape[1])
+    for start in range(0, len(blocks), step):
+        for view, part in zip(views, split(blocks[start : start + step]), strict=True):
+            view[start : start + step] = part
+        on_bytes(start * blocks.shape[1])
     return QuantizedTensor(quant_type, shape, **arrays)
+
+
+def _copy(raw: Bytes, dtype: mx.Dtype, shape: tuple[int, ...]) -> mx.array:
+    array, view = _allocate(shape, dtype)
+    view[:] = raw.reshape(-1)
+    return array
+
+
+def _allocate(shape: tuple[int, ...], dtype: mx.Dtype) -> tuple[mx.array, Bytes]:
+    """An MLX array and its bytes as a flat numpy view: what is written there is in the array, with no second copy.
+
+    https://ml-explore.github.io/mlx/build/html/usage/numpy.html. Every thread has a CPU stream of its own, so threads
+    allocate side by side: touching new memory takes longer than packing.
+    """
+    array = mx.zeros(shape, dtype, stream=mx.cpu)
+    mx.eval(array)
+    return array, np.array(array, copy=False).reshape(-1).view(np.uint8)
 
 
 def _columns(blocks: Bytes, start: int, stop: int) -> Bytes:

@@ -104,7 +104,7 @@ class _Talk:
             if answer.text:
                 print(flush=True)
             elif answer.reasoning:
-                STDERR.print("\n[no answer yet: it stopped inside the reasoning; raise --count or use --no-think]")
+                STDERR.print("\nno answer yet: it stopped inside the reasoning; raise --count or use --no-think")
         return answer
 
     def _take(self, answer: Answer, parts: list[tuple[Part, str]]) -> None:

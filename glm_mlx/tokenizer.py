@@ -53,7 +53,7 @@ _PATTERNS = {
         r"[\r\n]",
         rf"\s?{_class(_DEEPSEEK_LETTERS)}+",
         rf"\s?{_class(_DEEPSEEK_MARKS)}+",
-        r"\s+$",
+        r"(?<!\s)\s+$",  # written `\s+$` there, which takes quadratic time on a long run of spaces
         rf"{_class(_DEEPSEEK_CJK)}+",
         r"\p{N}+",
     ],

@@ -5,7 +5,9 @@ header says is checked against the configuration before the first byte of data i
 """
 
 import re
+import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -18,6 +20,7 @@ from glm_mlx.gguf import GGUFFile, TensorInfo, shown
 from glm_mlx.packing import pack, packed_nbytes
 from kernels.planes import QUANT_TYPES, QuantizedTensor, Weight, dequantize_ops
 
+RELEASE_BYTES = 1 << 23  # pages of the file are given back, and progress is told, every 8 MB
 DENSE_TYPES = ("F32", "F16", "BF16")
 EXPANDED_TYPES = ("Q2_K", "Q3_K", "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS", "MXFP4")
 
@@ -173,19 +176,33 @@ def load(
     pairs: list[tuple[Expected, TensorInfo]],
     progress: Callable[[int], None] = lambda nbytes: None,
 ) -> dict[str, Weight]:
-    """Read, repack and name the tensors of `plan`. `progress` gets the file bytes of each tensor once it is loaded.
+    """Read, repack and name the tensors of `plan`, on all cores. `progress` gets bytes of the file as they are done.
 
-    At most one tensor is held twice at any time.
+    No tensor is held twice: packing writes into the final arrays, and pages of the file are given back on the way.
     """
+
+    def read(pair: tuple[Expected, TensorInfo]) -> Weight:
+        expected, info = pair
+        done = 0
+
+        def on_bytes(so_far: int) -> None:
+            nonlocal done
+            if so_far - done >= RELEASE_BYTES or so_far == info.nbytes:
+                gguf.release(info.name, done, so_far)
+                progress(so_far - done)
+                done = so_far
+
+        return pack(gguf.raw(info.name).reshape(*expected.shape[:-1], -1), info.type, expected.shape, on_bytes)
+
     weights: dict[str, Weight] = {}
-    for expected, info in pairs:
-        weight = pack(gguf.raw(info.name).reshape(*expected.shape[:-1], -1), info.type, expected.shape)
-        for name, part in _split(expected.name, weight, cfg):
-            mx.eval(part if isinstance(part, mx.array) else part.planes)
-            weights[name] = part
-        del weight
-        gguf.release(info.name)
-        progress(info.nbytes)
+    pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="load")
+    try:
+        for (expected, _), weight in zip(pairs, pool.map(read, pairs), strict=True):
+            for name, part in _split(expected.name, weight, cfg):
+                mx.eval(part if isinstance(part, mx.array) else part.planes)  # a lazy part would keep the whole alive
+                weights[name] = part
+    finally:
+        pool.shutdown(cancel_futures=True)  # at Ctrl-C: only the tensors in hand are finished
     return weights
 
 

@@ -53,7 +53,9 @@ FORMATS: list[tuple[str, list[dict[str, Any]], dict[str, Any], str]] = [
      {"clear_thinking": False}, "<|user|>a<|assistant|><think>why</think>b<|user|>c<|assistant|><think>"),
     ("its opening tag may be missing", [user("a"), assistant("why</think>b"), user("c")], {},
      "<|user|>a<|assistant|></think>b<|user|>c<|assistant|><think>"),
-    ("calls after the last question", [user("a"), assistant(None, reasoning_content="why", tool_calls=[CALL, CALL])], {},
+    ("an answer's margins are trimmed", [assistant("\n b \n")], {"thinking": False},
+     "<|assistant|></think>b<|assistant|></think>"),
+    ("calls after the last question", [user("a"), assistant(None, reasoning_content="why", tool_calls=[CALL] * 2)], {},
      "<|user|>a<|assistant|><think>why</think>"
      + 2 * ('<tool_call>look<arg_key>at</arg_key><arg_value>a b</arg_value><arg_key>n</arg_key><arg_value>2</arg_value>'
             '<arg_key>deep</arg_key><arg_value>{"k": ["é", null]}</arg_value></tool_call>')
@@ -126,14 +128,11 @@ def test_a_typed_token_stays_text(name: str) -> None:
 def test_no_mixture_of_typed_pieces_makes_a_token() -> None:
     """Seeded texts of whole names, halves of names, sentinels and lone bytes: no control token, no loss."""
     rng = random.Random(0)
-    halves = [name[:n] for name in NAMES for n in range(1, len(name))] + [
-        name[n:] for name in NAMES for n in range(1, len(name))
-    ]
+    cuts = [(name, n) for name in NAMES for n in range(1, len(name))]
+    halves = [name[:n] for name, n in cuts] + [name[n:] for name, n in cuts]
     for _ in range(300):
         pieces = [rng.choice(rng.choice((NAMES, halves, ["\ufdd0", "\ufdd1", "é", "\ufffd"]))) for _ in range(5)]
-        text = "".join(pieces)
-        if "</think>" not in text:  # in an assistant's content that tag has a meaning
-            assert_typed_text_stays_text(f"w{text}w")
+        assert_typed_text_stays_text(f"w{''.join(pieces)}w")
 
 
 def test_a_token_typed_in_two_parts_stays_text() -> None:
@@ -143,6 +142,24 @@ def test_a_token_typed_in_two_parts_stays_text() -> None:
             parts = [{"type": "text", "text": name[:cut]}, {"type": "text", "text": name[cut:]}]
             assert special_ids([user(parts)]) == special_ids([user("x")])
             assert name in chat([user(parts)])
+
+
+def test_names_that_overlap_stay_text() -> None:
+    """Breaking one name can leave the next one whole, where they share a character."""
+    tokens, types = [*BYTE_CHARS, "<a<", "<<"], [1] * 256 + [3, 3]
+    vocabulary = {**VOCABULARY, "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types}
+    ids = {f"tokenizer.ggml.{name}_token_id": 0 for name in ("bos", "eos", "eot", "eom")}
+    tokenizer = Tokenizer({**vocabulary, **ids, "tokenizer.ggml.merges": []})
+    typed = "<a<a<a<<<<<a<"
+    found = encode_chat(tokenizer, ChatTemplate("<<{{ messages[0].content }}<a<"), [user(typed)])
+    assert found == [257, *tokenizer.encode(typed), 256]
+
+
+def test_thought_and_answer_of_history_come_apart() -> None:
+    """Any template gets an old answer without its thought, and without the newlines between."""
+    template = ChatTemplate("{{ messages[0].reasoning_content }}|{{ messages[0].content }}")
+    found = encode_chat(TOKENIZER, template, [assistant("<think>\nwhy\n</think>\n\nb\n")])
+    assert TOKENIZER.decode(found) == "why|b\n"
 
 
 def test_noncharacters_in_messages_survive() -> None:
@@ -163,7 +180,7 @@ def test_bytes_that_are_no_text_survive() -> None:
 
 
 def test_bos_as_the_file_says() -> None:
-    """A template gets the names of BOS and EOS; where the file wants a BOS and the template wrote none, one is added."""
+    """A template gets the names of BOS and EOS; a BOS that the file wants and the template left out is added."""
     adds = Tokenizer({**VOCABULARY, "tokenizer.ggml.add_bos_token": True})
     plain = ChatTemplate("{{ messages[0].content }}")
     named = ChatTemplate("{{ bos_token }}{{ messages[0].content }}{{ eos_token }}")

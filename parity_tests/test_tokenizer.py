@@ -53,8 +53,8 @@ HARD = {
     "empty": "",
     "digits": " ".join("12345678901234567890"[:n] for n in range(1, 21)),
     "digits and letters": "a1b22c333d4444 x12345y ½¾Ⅷ٣٤٥٦ 1,234,567.89 ²³",
-    "contractions": "It's I'LL we'Ve you'd he'D 'twas 's 'S don't'S 're'vE can''t 'm'M o'll",
-    "long s": "'\u017f 'ſt It'ſ \u212a'\u212a",
+    "contractions": "It's I'LL we'Ve you'd he'D 'twas 's 'S don't'S 're'vE can''t 'm'M o'll a'Sbcd 'Sefg h'Tijk",
+    "long s": "'\u017f 'ſt It'ſ \u212a'\u212a x'ſabc y'ſdef z'ſghij'ſ",
     "other apostrophes": "it\u2019s ’S ＇s `s",
     "combining": "e\u0301 a\u0308\u0323b \u0301x n\u0303 क्षि நி \u20dd1\u20dd",
     "emoji": "👩‍👩‍👧‍👦 🇩🇪🇫🇷 👍🏽 ❤️ 1️⃣ a😀b",
@@ -170,6 +170,12 @@ def test_merges_cannot_make_a_special_token() -> None:
     assert Tokenizer(metadata).encode("abc", special=True) == [257]
 
 
+def test_the_first_of_two_equal_merges_counts() -> None:
+    """As in llama.cpp, where a later rank does not replace an earlier one."""
+    metadata = with_tokens([*BYTE_CHARS, "ab", "bc"], [1] * 258, ["a b", "b c", "a b"])
+    assert Tokenizer(metadata).encode("abc") == [256, BYTE_CHARS.index("c")]
+
+
 def test_a_byte_token_is_never_special() -> None:
     """DeepSeek's files mark the bytes that UTF-8 never uses as user-defined: they are bytes all the same."""
     types = [4 if byte in (0xC0, 0xC1) or byte > 0xF4 else 1 for byte in range(256)]
@@ -215,11 +221,11 @@ def test_stream_agrees_with_decode_on_any_tokens() -> None:
 @pytest.mark.parametrize("unit", ["a", " ", "\n", "\r\n", "!", "1", "ab", "é", "\udcff", "' ", "<|", "\u0301"])
 def test_long_runs_take_linear_time(unit: str) -> None:
     """100,000 repeats take 0.02 to 0.2 s here; a quadratic step would take minutes."""
-    tokenizer = BOTH[1][0]
     start = time.perf_counter()
-    for text in (unit * 100_000, unit * 100_000 + "x"):
-        data = text.encode("utf-8", "surrogateescape")
-        assert tokenizer.decode_bytes(tokenizer.encode(text, special=True)) == data
+    for tokenizer in (BOTH[1][0], Tokenizer({**TINY, "tokenizer.ggml.pre": "deepseek-llm"})):
+        for text in (unit * 100_000, unit * 100_000 + "x"):
+            data = text.encode("utf-8", "surrogateescape")
+            assert tokenizer.decode_bytes(tokenizer.encode(text, special=True)) == data
     assert time.perf_counter() - start < 5
 
 
@@ -239,6 +245,8 @@ def test_ids_that_the_file_names() -> None:
     assert not TOKENIZER.add_bos
     bare = Tokenizer(with_tokens(list(BYTE_CHARS), [1] * 256, [], eos_token_id=7, eot_token_id=8, eom_token_id=9))
     assert bare.stop_ids == {7, 8, 9}
+    by_name = Tokenizer(with_tokens([*BYTE_CHARS, *named], [1] * 256 + [3] * 3, []))
+    assert by_name.stop_ids == {0, 256, 257, 258}
     assert bare.think_open_id is bare.think_close_id is bare.bos_id is bare.id("<think>") is None
 
 
@@ -255,7 +263,7 @@ def test_deepseek_splits() -> None:
         "你好, world。": ["你好", ",", " world", "。"],
         "end   ": ["end", "   "],
         "它'sİ ½ άώЖ": ["它", "'", "s", "İ", " ", "½", " άώЖ"],
-        "aƻbʔc\u0301d": ["a", "ƻ", "b", "ʔ", "c", "\u0301", "d"],
+        "äƻöʔü\u0301ß": ["ä", "ƻ", "ö", "ʔ", "ü", "\u0301", "ß"],
         "a{b}~ ！c": ["a", "{", "b", "}~", " ！", "c"],
     }
     for text, pieces in cases.items():

@@ -1,0 +1,111 @@
+"""The engine: what it yields, what its cache holds afterwards, and what its figures mean."""
+
+import mlx.core as mx
+import pytest
+
+from glm_mlx.engine import Engine, Step
+from glm_mlx.errors import InputError
+from glm_mlx.make_tiny import TinySpec
+from glm_mlx.model import Model
+from glm_mlx.sampling import SamplingParams
+from parity_tests.compare import load_whole, to_numpy
+from parity_tests.conftest import MakeModel
+from parity_tests.test_layers import tokens
+
+GREEDY = SamplingParams(temperature=0)
+
+
+@pytest.fixture(scope="module")
+def model(model_file: MakeModel) -> Model:
+    return load_whole(model_file(TinySpec(context_length=64)))
+
+
+def greedy_by_hand(model: Model, prompt: list[int], count: int) -> list[int]:
+    """No cache reuse, no look-ahead: the whole sequence again for every token."""
+    ids = list(prompt)
+    for _ in range(count):
+        logits = to_numpy(model.logits(model.hidden_states(mx.array([ids]), model.new_cache())))
+        ids.append(int(logits[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+def generate(engine: Engine, prompt: list[int], count: int, params: SamplingParams = GREEDY) -> list[int]:
+    return [step.token for step in engine.generate(prompt, params, count)]
+
+
+def test_greedy_tokens_equal_a_run_without_cache_or_look_ahead(model: Model) -> None:
+    prompt = tokens(9)
+    assert generate(Engine(model, chunk=4), prompt, 12) == greedy_by_hand(model, prompt, 12)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_it_yields_as_many_tokens_as_asked(model: Model, count: int) -> None:
+    assert len(generate(Engine(model), tokens(3), count)) == count
+
+
+def test_the_same_seed_gives_the_same_text_and_another_seed_another(model: Model) -> None:
+    one, again, other = (generate(Engine(model), tokens(5), 20, SamplingParams(seed=s)) for s in (3, 3, 4))
+    assert one == again != other
+
+
+def test_a_stop_id_is_yielded_and_ends_it(model: Model) -> None:
+    prompt = tokens(6)
+    free = generate(Engine(model), prompt, 12)
+    stop = free[5]
+    steps = list(Engine(model).generate(prompt, GREEDY, 12, frozenset([stop])))
+    assert [step.token for step in steps] == free[: free.index(stop) + 1]
+
+
+def test_a_cancelled_answer_leaves_a_cache_that_goes_on_rightly(model: Model) -> None:
+    """After a break at any token: the rows in the cache are those of `engine.tokens`, and the next turn is as fresh."""
+    for stop_after in (1, 2, 4):
+        engine = Engine(model)
+        steps: list[Step] = []
+        for step in engine.generate(tokens(7), GREEDY, 10):
+            steps.append(step)
+            if len(steps) == stop_after:
+                break
+        assert engine.cache.offset == len(engine.tokens) == 7 + stop_after
+        following = [*engine.tokens, *tokens(3, seed=5)]
+        assert generate(engine, following, 6) == greedy_by_hand(model, following, 6)
+        assert engine.stats.cached_tokens == 7 + stop_after
+
+
+def test_only_what_differs_from_the_last_prompt_is_computed(model: Model) -> None:
+    engine, first = Engine(model), tokens(12)
+    generate(engine, first, 1)
+    for prompt, cached in ((first, 11), (first[:8], 7), ([*first[:5], 1, 2, 3], 5), ([9, 9], 0)):
+        assert generate(engine, prompt, 4) == greedy_by_hand(model, prompt, 4)
+        assert engine.stats.cached_tokens == cached
+
+
+def test_prefill_is_reported_chunk_by_chunk(model: Model) -> None:
+    seen: list[tuple[int, int]] = []
+    list(Engine(model, chunk=4).generate(tokens(10), GREEDY, 1, on_prefill=lambda *at: seen.append(at)))
+    assert seen == [(4, 10), (8, 10), (10, 10)]
+
+
+def test_the_context_is_the_limit(model: Model) -> None:
+    """64 tokens of context: an answer ends there, a prompt that leaves no room is refused."""
+    assert len(generate(Engine(model), tokens(60), 100)) == 4
+    with pytest.raises(InputError, match="64"):
+        generate(Engine(model), tokens(64), 1)
+
+
+@pytest.mark.parametrize(("prompt", "says"), [([], "empty"), ([5, 99999], "outside"), ([-1], "outside")])
+def test_unusable_prompts_are_refused(model: Model, prompt: list[int], says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        generate(Engine(model), prompt, 1)
+
+
+def test_figures_count_what_happened(model: Model) -> None:
+    engine = Engine(model)
+    steps = list(engine.generate(tokens(10), SamplingParams(logprobs=2), 5))
+    stats = engine.stats
+    assert (stats.prompt_tokens, stats.cached_tokens, stats.decode_tokens) == (10, 0, 5)
+    assert 0 < stats.prefill_seconds <= stats.time_to_first_token
+    assert stats.decode_seconds == pytest.approx(sum(step.seconds for step in steps[1:]))
+    assert stats.decode_tok_s == pytest.approx(4 / stats.decode_seconds)
+    assert stats.peak_memory > 0
+    assert [step.position for step in steps] == [10, 11, 12, 13, 14]
+    assert all(step.logprob is not None and len(step.top_logprobs or []) == 2 for step in steps)

@@ -1,0 +1,256 @@
+"""The command as a person uses it: what goes to which stream, exit codes, chat, Ctrl-C."""
+
+import json
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from glm_mlx import generate
+from glm_mlx.gguf import GGUFFile
+from glm_mlx.make_tiny import TinySpec
+from glm_mlx.tokenizer import Tokenizer
+from parity_tests.conftest import MakeModel
+
+ROOT = Path(__file__).parents[1]
+COMMAND = [sys.executable, "-m", "glm_mlx.generate"]
+
+
+@pytest.fixture(scope="module")
+def model(model_file: MakeModel) -> str:
+    return str(model_file(TinySpec()))
+
+
+def run(*arguments: str, stdin: bytes = b"", **environment: str) -> subprocess.CompletedProcess[bytes]:
+    env = {**os.environ, **environment}
+    return subprocess.run([*COMMAND, *arguments], input=stdin, capture_output=True, cwd=ROOT, env=env, timeout=60)
+
+
+def report(capfd: pytest.CaptureFixture[str], *arguments: str) -> dict[str, object]:
+    """What --json prints, in this process."""
+    assert generate.main([*arguments, "--json"]) == 0
+    out = capfd.readouterr().out
+    assert len(out.splitlines()) == 1
+    return json.loads(out)
+
+
+def test_the_readme_line_prints_text_and_keeps_everything_else_apart(model: str) -> None:
+    done = run("--model", model, "Hello", "--no-think", "--count", "12", "--seed", "1")
+    assert done.returncode == 0
+    assert done.stdout.decode().strip()
+    assert re.search(rb"prompt \d+ tokens.*tok/s.*answer 12 tokens", done.stderr)
+    assert not re.search(rb"tok/s", done.stdout)
+
+
+def test_without_a_model_it_makes_one_and_says_so() -> None:
+    done = run("Hello", "--no-think", "--count", "4")
+    assert done.returncode == 0
+    assert b"random weights" in done.stderr
+
+
+def test_the_same_seed_gives_the_same_text(model: str, capfd: pytest.CaptureFixture[str]) -> None:
+    one, again, other = (report(capfd, "-m", model, "Hi", "-n", "20", "--seed", seed) for seed in ("5", "5", "6"))
+    assert one["ids"] == again["ids"] != other["ids"]
+
+
+def test_reasoning_goes_to_standard_error(model: str) -> None:
+    """The generation prompt opens the thought, and a model of noise does not close it in 6 tokens."""
+    done = run("-m", model, "Hello", "-n", "6", "--seed", "1")
+    assert done.stdout == b""
+    assert b"inside the reasoning" in done.stderr
+
+
+@pytest.mark.parametrize("how", ["positional", "--prompt", "-", "stdin"])
+def test_a_prompt_may_come_four_ways(model: str, how: str) -> None:
+    arguments = {"positional": ["Hello"], "--prompt": ["--prompt", "Hello"], "-": ["-"], "stdin": []}[how]
+    stdin = b"Hello" if how in ("-", "stdin") else b""
+    done = run("-m", model, *arguments, "-n", "3", "--json", stdin=stdin)
+    assert (
+        json.loads(done.stdout)["prompt_ids"]
+        == json.loads(run("-m", model, "Hello", "-n", "1", "--json").stdout)["prompt_ids"]
+    )
+
+
+def test_bytes_that_are_no_utf_8_reach_the_model_as_they_are(model: str) -> None:
+    done = run("-m", model, "--raw", "-n", "1", "--json", stdin=b"a\xff\xfe\x80b")
+    assert len(json.loads(done.stdout)["prompt_ids"]) == 5
+
+
+def test_raw_takes_the_prompt_as_it_stands(model: str, capfd: pytest.CaptureFixture[str]) -> None:
+    raw = report(capfd, "-m", model, "--raw", "<|user|>x", "-n", "1")["prompt_ids"]
+    chat = report(capfd, "-m", model, "<|user|>x", "-n", "1")["prompt_ids"]
+    assert len(raw) == 2
+    assert chat[3:-2] != raw[:1], "typed control tokens stay text in a chat"
+    assert len(chat) > 8
+
+
+def test_json_reports_log_probabilities_and_figures(model: str, capfd: pytest.CaptureFixture[str]) -> None:
+    got = report(capfd, "-m", model, "Hi", "-n", "4", "--logprobs", "2", "--temp", "0")
+    assert [entry["logprob"] == entry["top"][0][1] for entry in got["logprobs"]] == [True] * 4
+    assert got["finish_reason"] in ("length", "stop")
+    assert got["stats"]["prompt_tokens"] == len(got["prompt_ids"])
+
+
+def test_benchmark_prints_every_token_with_its_bytes(model: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert generate.main(["-m", model, "Hi", "--benchmark", "5", "--seed", "1"]) == 0
+    err = capfd.readouterr().err
+    assert [line.split()[1] for line in err.splitlines() if re.match(r"│ +\d", line)] == ["2", "3", "4", "5"]
+    assert all(word in err for word in ("token", "ms", "tok/s", "GB/s"))
+
+
+def test_help_names_every_option_and_starts_at_once() -> None:
+    done = run("-h")
+    assert done.returncode == 0
+    for option in (
+        "--model",
+        "--chat",
+        "--system",
+        "--no-think",
+        "--raw",
+        "--benchmark",
+        "--json",
+        "--verbose",
+        "--seed",
+    ):
+        assert option.encode() in done.stdout
+    assert max(map(len, done.stdout.decode().splitlines())) <= 120
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--model", "missing.gguf", "x"], "missing.gguf"),
+        (["--tmp", "1"], "--tmp"),
+        (["x", "--temperature", "hot"], "hot"),
+        (["x", "--temperature", "-1"], "temperature is -1"),
+        (["x", "--top-p", "1.5"], "top-p is 1.5"),
+        (["x", "--min-p", "nan"], "min-p is nan"),
+        (["x", "--seed", "-3"], "seed is -3"),
+        (["x", "--count", "0"], "count is 0"),
+        (["x", "--benchmark", "1"], "benchmark is 1"),
+        (["x", "--logit-bias", "a=b"], "a=b"),
+        (["x", "--logit-bias", "99999=1"], "99999"),
+        (["x", "--logprobs", "2"], "--json"),
+        (["x", "--prompt", "y"], "two prompts"),
+        (["--chat", "--json"], "--json"),
+        (["x", "--raw", "--system", "y"], "--system"),
+        (["   "], "empty"),
+        (["word " * 5000], "context"),
+    ],
+    ids=lambda value: " ".join(value)[:30] if isinstance(value, list) else "",
+)
+def test_what_cannot_be_used_gets_one_line_and_exit_code_2(
+    arguments: list[str], says: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        code = generate.main(arguments)
+    except SystemExit as left:
+        code = left.code
+    out, err = capfd.readouterr()
+    lines = [line for line in err.splitlines() if not line.startswith("no --model")]
+    assert code == 2
+    assert out == ""
+    assert len(lines) == 1, err
+    assert lines[0].startswith("error: ")
+    assert says in lines[0]
+
+
+def test_a_hub_model_without_a_network_is_one_line() -> None:
+    done = run("--model", "owner/repo:Q4_0", "x", HF_HUB_OFFLINE="1")
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert b"owner/repo:Q4_0" in done.stderr
+
+
+def test_ctrl_c_ends_with_130_and_no_traceback(model: str) -> None:
+    with subprocess.Popen(
+        [*COMMAND, "-m", model, "Hello", "--no-think", "-n", "4000", *never_stops(model)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert process.stdout
+        assert process.stderr
+        process.stdout.read(10)
+        process.send_signal(signal.SIGINT)
+        err = process.stderr.read()
+        assert process.wait(20) == 130
+    assert b"Traceback" not in err
+
+
+def test_a_reader_that_stops_early_is_no_error(model: str) -> None:
+    command = f"{sys.executable} -m glm_mlx.generate -m {model} Hello --no-think -n 300 | head -c 5"
+    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, timeout=60)
+    assert b"Traceback" not in done.stderr
+    assert b"Exception" not in done.stderr
+
+
+class Terminal:
+    """The command on a terminal of its own."""
+
+    def __init__(self, *arguments: str):
+        self.process, self.end = pty.fork()
+        if self.process == 0:
+            os.chdir(ROOT)
+            os.execv(sys.executable, [*COMMAND, *arguments])
+        self.seen = ""
+
+    def wait_for(self, pattern: str, seconds: float = 30) -> str:
+        """Read on until the pattern stands in what came since the last call."""
+        text, until = "", time.monotonic() + seconds
+        while not re.search(pattern, text):
+            ready, _, _ = select.select([self.end], [], [], max(0.0, until - time.monotonic()))
+            assert ready, f"no {pattern!r} in {text!r}"
+            try:
+                text += os.read(self.end, 4096).decode("utf-8", "replace")
+            except OSError:  # the program has gone
+                break
+        self.seen += text
+        return text
+
+    def type(self, text: str) -> None:
+        os.write(self.end, text.encode())
+
+    def exit_code(self) -> int:
+        return os.waitstatus_to_exitcode(os.waitpid(self.process, 0)[1])
+
+
+def never_stops(model: str) -> list[str]:
+    """Options that forbid every stop token, so that only Ctrl-C ends an answer."""
+    stops = sorted(Tokenizer(GGUFFile(model).metadata).stop_ids)
+    return [part for token in stops for part in ("--logit-bias", f"{token}=-inf")]
+
+
+def test_chat_answers_resets_and_survives_ctrl_c(model: str) -> None:
+    chat = Terminal("-m", model, "--chat", "--no-think", "-n", "3000", "--verbose", *never_stops(model))
+    chat.wait_for("> ")
+    for turn in range(2):
+        chat.type("Hello\n")
+        chat.wait_for("Hello\r\n(.|\n){20}")
+        chat.type("\x03")
+        figures = chat.wait_for(r"peak memory (.|\n)*> ")
+        assert bool(re.search(r"\(\d+ cached\)", figures)) == bool(turn), "a second turn computes only what is new"
+    chat.type("/reset\n")
+    chat.wait_for("forgotten(.|\n)*> ")
+    chat.type("\x03")
+    chat.wait_for("/exit(.|\n)*> ")
+    chat.type("\x04")
+    assert chat.exit_code() == 0
+    assert "Traceback" not in chat.seen
+
+
+def test_the_terminal_is_left_as_it_was_after_ctrl_c(model: str) -> None:
+    run_ = Terminal("-m", model, "Hello", "--no-think", "-n", "4000", *never_stops(model))
+    run_.wait_for("[a-z]{3}")
+    run_.type("\x03")
+    run_.wait_for("never")
+    assert run_.exit_code() == 130
+    assert run_.seen.count("\x1b[?25l") == run_.seen.count("\x1b[?25h"), "the cursor stays hidden"
+    assert "Traceback" not in run_.seen
