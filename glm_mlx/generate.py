@@ -101,6 +101,11 @@ def main(argv: list[str] | None = None) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except ImportError as error:  # mlx itself installs on Linux without anything to run on
+        print(
+            f"error: MLX does not start: {error}; on Linux install one back end: pip install '.[cpu]'", file=sys.stderr
+        )
+        return 2
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130

@@ -42,7 +42,8 @@ def _download(repo: str, quant: str) -> Path:
         if not parts:
             have = ", ".join(sorted(f for f in files if f.endswith(".gguf"))[:8]) or "no .gguf file at all"
             raise InputError(f"{repo} has no {quant} file; it has {have}: name one as {repo}:QUANT")
-        return Path([huggingface_hub.hf_hub_download(repo, part) for part in parts][0])
+        paths = [huggingface_hub.hf_hub_download(repo, part) for part in parts]
+        return Path(paths[0])
     except (RepositoryNotFoundError, EntryNotFoundError):
         raise InputError(
             f"the hub has no public repository {repo}, and there is no such path; check the name"

@@ -1,4 +1,4 @@
-"""The product against the reference, layer by layer: every layer is fed the reference's input, so its error is its own."""
+"""The product against the reference: every layer is fed the reference's input, so its error is its own."""
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -55,7 +55,8 @@ def compare_layers(
 ) -> Iterator[TapError]:
     """Compare embedding, the given layers (default: all) and, if the last layer is among them, the head.
 
-    Other dtypes than float32 are held to the 16-bit budgets. Both sides hold one layer at a time, so that a 17 GB file fits a 32 GB machine.
+    Other dtypes than float32 are held to the 16-bit budgets. Both sides hold one layer at a time, so that a 17 GB file
+    fits a 32 GB machine.
     """
     for tap in _compare_layers(path, tokens, layers, dtype):
         yield tap if dtype == mx.float32 else replace(tap, kind=f"{tap.kind}, 16-bit")

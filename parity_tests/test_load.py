@@ -1,21 +1,17 @@
 """Loading: every way a file can be laid out gives the same weights, in bounded memory."""
 
 import json
-
 import re
-
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
-import mlx.core as mx
 import numpy as np
 import pytest
 from gguf import GGUFReader
 
 from glm_mlx.config import Config
-from glm_mlx.errors import InputError
 from glm_mlx.gguf import GGUFFile
 from glm_mlx.hub import choose_files
 from glm_mlx.load import load_model

@@ -17,7 +17,7 @@ import kernels.qmv
 from glm_mlx.cache import LatentCache
 from glm_mlx.config import Config
 from glm_mlx.make_tiny import TinySpec
-from glm_mlx.model import Attention, MoE, Weights
+from glm_mlx.model import Attention, MoE
 from kernels.planes import Weight, dequantize_ops
 from parity_tests import compare
 from parity_tests.budgets import BUDGETS, relative_error

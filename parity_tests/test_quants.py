@@ -39,7 +39,7 @@ def weight(kind: str, shape: tuple[int, ...], seed: int = 0) -> tuple[Weight, np
     return packed, expected(raw, kind).reshape(shape).astype(np.float64)
 
 
-@pytest.mark.parametrize("kind", (*EVERY, *EXPANDED_TYPES))
+@pytest.mark.parametrize("kind", [*EVERY, *EXPANDED_TYPES])
 def test_values_equal_ggufs_bit_for_bit_for_any_bytes(kind: str) -> None:
     """Random bytes hold every quant and sub-scale, and scales of every size, sign, subnormal, infinite and NaN."""
     raw = raw_blocks(kind, rows=64, cols=1024)
@@ -49,7 +49,7 @@ def test_values_equal_ggufs_bit_for_bit_for_any_bytes(kind: str) -> None:
 @pytest.mark.parametrize("kind", PLANAR)
 def test_values_equal_ggufs_at_extreme_scales(kind: str) -> None:
     cols = 256 * len(HALVES)
-    block, nbytes = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+    nbytes = GGML_QUANT_SIZES[GGMLQuantizationType[kind]][1]
     blocks = raw_blocks(kind, len(HALVES), cols, seed=1).reshape(len(HALVES), -1, nbytes)
     for n, at in enumerate(SCALES_AT.get(kind, (0,))):
         # each row one minimum, each block of it one scale: all pairs
