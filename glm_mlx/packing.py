@@ -129,44 +129,44 @@ def _with_fifth_bit(low: Bytes, high: npt.NDArray[Any]) -> Bytes:
 
 
 def _split_q4_0(blocks: Bytes) -> tuple[Bytes, ...]:  # d 2, qs 16; IQ4_NL too
-    return _repack_nibbles(_columns(blocks, 2, 18)), blocks[:, :2]
+    return _repack_nibbles(_columns(blocks, 2, 18)), _columns(blocks, 0, 2)
 
 
 def _split_q4_1(blocks: Bytes) -> tuple[Bytes, ...]:  # d 2, m 2, qs 16
-    return _repack_nibbles(_columns(blocks, 4, 20)), blocks[:, :2], blocks[:, 2:4]
+    return _repack_nibbles(_columns(blocks, 4, 20)), _columns(blocks, 0, 2), _columns(blocks, 2, 4)
 
 
 def _split_q5_0(blocks: Bytes) -> tuple[Bytes, ...]:  # d 2, qh 4, qs 16
     high = np.unpackbits(_columns(blocks, 2, 6), axis=1, bitorder="little")
-    return _with_fifth_bit(_nibbles(blocks[:, 6:22]), high), blocks[:, :2]
+    return _with_fifth_bit(_nibbles(_columns(blocks, 6, 22)), high), _columns(blocks, 0, 2)
 
 
 def _split_q5_1(blocks: Bytes) -> tuple[Bytes, ...]:  # d 2, m 2, qh 4, qs 16
     high = np.unpackbits(_columns(blocks, 4, 8), axis=1, bitorder="little")
-    return _with_fifth_bit(_nibbles(blocks[:, 8:24]), high), blocks[:, :2], blocks[:, 2:4]
+    return _with_fifth_bit(_nibbles(_columns(blocks, 8, 24)), high), _columns(blocks, 0, 2), _columns(blocks, 2, 4)
 
 
 def _split_q8_0(blocks: Bytes) -> tuple[Bytes, ...]:  # d 2, qs 32 signed
-    return _columns(blocks, 2, 34) ^ np.uint8(0x80), blocks[:, :2]
+    return _columns(blocks, 2, 34) ^ np.uint8(0x80), _columns(blocks, 0, 2)
 
 
 def _split_q4_k(blocks: Bytes) -> tuple[Bytes, ...]:  # d 2, dmin 2, scales 12, qs 4 * 32
     quants = _repack_nibbles(_columns(blocks, 16, 144).reshape(-1, 32))
-    return quants.reshape(len(blocks), -1), blocks[:, :2], blocks[:, 2:4], blocks[:, 4:16]
+    return quants.reshape(len(blocks), -1), _columns(blocks, 0, 2), _columns(blocks, 2, 4), _columns(blocks, 4, 16)
 
 
 def _split_q5_k(blocks: Bytes) -> tuple[Bytes, ...]:  # d 2, dmin 2, scales 12, qh 32, qs 4 * 32
     low = _nibbles(_columns(blocks, 48, 176).reshape(-1, 32)).reshape(-1, 8, 32)
     high = (_columns(blocks, 16, 48)[:, None, :] >> np.arange(8, dtype=np.uint8)[:, None]) & 1
     quants = _with_fifth_bit(low, high).reshape(len(blocks), -1)
-    return quants, blocks[:, :2], blocks[:, 2:4], blocks[:, 4:16]
+    return quants, _columns(blocks, 0, 2), _columns(blocks, 2, 4), _columns(blocks, 4, 16)
 
 
 def _split_q6_k(blocks: Bytes) -> tuple[Bytes, ...]:  # ql 2 * 64, qh 2 * 32, scales 16, d 2
     low = _nibbles(_columns(blocks, 0, 128).reshape(-1, 64)).reshape(-1, 2, 4, 32)
     high = (_columns(blocks, 128, 192).reshape(-1, 2, 1, 32) >> np.arange(0, 8, 2, dtype=np.uint8)[:, None]) & 3
     quants = _pack_bits((low | (high << 4)).reshape(len(blocks), -1), 6)
-    return quants, blocks[:, 208:], blocks[:, 192:208]
+    return quants, _columns(blocks, 208, 210), _columns(blocks, 192, 208)
 
 
 _SPLITTERS: dict[str, Callable[[Bytes], tuple[Bytes, ...]]] = {

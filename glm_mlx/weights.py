@@ -192,18 +192,24 @@ def load(
                 progress(so_far - done)
                 done = so_far
 
-        return pack(gguf.raw(info.name).reshape(*expected.shape[:-1], -1), info.type, expected.shape, on_bytes)
+        weight = pack(gguf.raw(info.name).reshape(*expected.shape[:-1], -1), info.type, expected.shape, on_bytes)
+        _evaluate(weight)  # here, for MLX can't evaluate in one thread what another has left to do
+        return weight
 
     weights: dict[str, Weight] = {}
     pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="load")
     try:
         for (expected, _), weight in zip(pairs, pool.map(read, pairs), strict=True):
             for name, part in _split(expected.name, weight, cfg):
-                mx.eval(part if isinstance(part, mx.array) else part.planes)  # a lazy part would keep the whole alive
+                _evaluate(part)  # a lazy part would keep the whole alive
                 weights[name] = part
     finally:
         pool.shutdown(cancel_futures=True)  # at Ctrl-C: only the tensors in hand are finished
     return weights
+
+
+def _evaluate(weight: Weight) -> None:
+    mx.eval(weight if isinstance(weight, mx.array) else weight.planes)
 
 
 def _split(name: str, weight: Weight, cfg: Config) -> Iterator[tuple[str, Weight]]:

@@ -221,13 +221,13 @@ def test_stream_agrees_with_decode_on_any_tokens() -> None:
 
 @pytest.mark.parametrize("unit", ["a", " ", "\n", "\r\n", "!", "1", "ab", "é", "\udcff", "' ", "<|", "\u0301"])
 def test_long_runs_take_linear_time(unit: str) -> None:
-    """100,000 repeats take 0.02 to 0.2 s here; a quadratic step would take minutes."""
+    """100,000 repeats take 0.02 to 0.4 s here; a quadratic step would take minutes."""
     start = time.perf_counter()
     for tokenizer in (BOTH[1][0], Tokenizer({**TINY, "tokenizer.ggml.pre": "deepseek-llm"})):
         for text in (unit * 100_000, unit * 100_000 + "1"):
             data = text.encode("utf-8", "surrogateescape")
             assert tokenizer.decode_bytes(tokenizer.encode(text, special=True)) == data
-    assert time.perf_counter() - start < 5
+    assert time.perf_counter() - start < 20
 
 
 def test_text_over_the_limit_is_refused() -> None:
