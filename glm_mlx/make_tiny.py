@@ -7,8 +7,9 @@ scales are set so that activations stay near 1. The text that such a model write
 """
 
 import argparse
+import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -45,7 +46,7 @@ class TinySpec:
     moe_intermediate_size: int = 64
     context_length: int = 4096
     type: str = "Q4_0"  # of every matrix that no override names
-    overrides: Mapping[str, str] = field(default_factory=dict)  # part of a tensor's name -> type
+    overrides: Mapping[str, str] = field(default_factory=dict)  # beginning of a tensor's name -> type
     gating: Literal["sigmoid", "softmax"] = "sigmoid"
     write_gating: bool = True  # older files lack the key
     yarn: bool = False
@@ -109,7 +110,7 @@ def _put_half(blocks: npt.NDArray[np.uint8], at: int, values: npt.NDArray[np.flo
     blocks[..., at : at + 2] = values.astype(np.float16)[..., None].view(np.uint8)
 
 
-def _tensors(spec: TinySpec, vocab: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+def tensor_shapes(spec: TinySpec, vocab: int) -> Iterator[tuple[str, tuple[int, ...]]]:
     """GGUF names and numpy shapes, in the order of published files."""
     yield "token_embd.weight", (vocab, spec.hidden_size)
     yield "output_norm.weight", (spec.hidden_size,)
@@ -169,12 +170,15 @@ def _layer(spec: TinySpec, is_dense: bool) -> Iterator[tuple[str, tuple[int, ...
 
 
 def type_of(spec: TinySpec, name: str, shape: tuple[int, ...]) -> str:
-    """The type a tensor gets: the last override that its name contains, else `spec.type`, where its rows allow that."""
+    """The type a tensor gets: the last override that begins its name (the layer aside), else `spec.type`.
+
+    Where the rows are no multiple of the type's block, Q8_0 or F16, as llama-quantize falls back.
+    """
     if len(shape) == 1 or name.endswith("ffn_gate_inp.weight"):
         return "F32"
     kind = spec.type
-    for part, override in spec.overrides.items():
-        kind = override if part in name else kind
+    for beginning, override in spec.overrides.items():
+        kind = override if re.match(rf"(blk\.\d+\.)?{re.escape(beginning)}", name) else kind
     if shape[-1] % GGML_QUANT_SIZES[GGMLQuantizationType[kind]][0]:
         return "Q8_0" if shape[-1] % 32 == 0 else "F16"
     return kind
@@ -182,21 +186,15 @@ def type_of(spec: TinySpec, name: str, shape: tuple[int, ...]) -> str:
 
 def make_tiny(path: str | Path, spec: TinySpec = TinySpec(), split_max_tensors: int = 0) -> Path:
     """Write the file (or its parts) and return the path to open. The same spec gives the same bytes."""
-    path = Path(path)
     vocabulary = tiny_vocabulary()
-    writer = GGUFWriter(path, "deepseek2", split_max_tensors=split_max_tensors)
-    for key, number in _metadata(spec).items():
-        if isinstance(number, bool):
-            writer.add_bool(key, number)
-        elif isinstance(number, int):
-            writer.add_uint32(key, number)
-        elif isinstance(number, float):
-            writer.add_float32(key, number)
-        else:
-            writer.add_string(key, number)
-    _add_vocabulary(writer, vocabulary)
+    name = f"a tiny model with random weights (seed {spec.seed})"
+    vocab = len(vocabulary["tokenizer.ggml.tokens"])
+    return write_model(Path(path), spec, name, vocabulary, _random_tensors(spec, vocab), split_max_tensors)
+
+
+def _random_tensors(spec: TinySpec, vocab: int) -> Iterator[tuple[str, str, Array]]:
     rng = np.random.default_rng(spec.seed)
-    for name, shape in _tensors(spec, len(vocabulary["tokenizer.ggml.tokens"])):
+    for name, shape in tensor_shapes(spec, vocab):
         kind = type_of(spec, name, shape)
         if name.endswith("norm.weight"):
             data: Array = (1 + 0.1 * rng.standard_normal(shape)).astype(np.float32)
@@ -204,14 +202,29 @@ def make_tiny(path: str | Path, spec: TinySpec = TinySpec(), split_max_tensors: 
             data = (9.03 + 0.02 * rng.standard_normal(shape)).astype(np.float32)  # as reported of the real model
         else:
             data = random_blocks(rng, kind, shape, std=1.0 if name.startswith("token_embd") else shape[-1] ** -0.5)
-        writer.add_tensor(name, data, raw_dtype=GGMLQuantizationType[kind])
+        yield name, kind, data
+
+
+def write_model(
+    path: Path,
+    spec: TinySpec,
+    name: str,
+    vocabulary: Mapping[str, object],
+    tensors: Iterable[tuple[str, str, Array]],
+    split_max_tensors: int = 0,
+) -> Path:
+    """Write a GGUF file of these tensors (GGUF name, type, data or its blocks) and return the path to open."""
+    writer = GGUFWriter(path, "deepseek2", split_max_tensors=split_max_tensors)
+    writer.add_name(name)
+    _add(writer, {f"deepseek2.{key}": value for key, value in _metadata(spec).items()})
+    _add(writer, vocabulary)
+    for tensor, kind, data in tensors:
+        writer.add_tensor(tensor, data, raw_dtype=GGMLQuantizationType[kind])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    if split_max_tensors:
-        return sorted(path.parent.glob(f"{path.stem}-00001-of-*.gguf"))[0]
-    return path
+    return min(path.parent.glob(f"{path.stem}-00001-of-*.gguf")) if split_max_tensors else path
 
 
 def _metadata(spec: TinySpec) -> dict[str, int | float | str]:
@@ -237,7 +250,6 @@ def _metadata(spec: TinySpec) -> dict[str, int | float | str]:
         "expert_feed_forward_length": spec.moe_intermediate_size,
         "expert_weights_scale": 1.8 if spec.gating == "sigmoid" else 1.0,
         "expert_weights_norm": spec.gating == "sigmoid",
-        "vocab_size": len(tiny_vocabulary()["tokenizer.ggml.tokens"]),
     }
     if spec.q_lora_rank:
         keys["attention.q_lora_rank"] = spec.q_lora_rank
@@ -254,40 +266,41 @@ def _metadata(spec: TinySpec) -> dict[str, int | float | str]:
         }
     if spec.mtp:
         keys["nextn_predict_layers"] = 1
-    name = f"a tiny model with random weights (seed {spec.seed})"
-    return {"general.name": name} | {f"deepseek2.{key}": value for key, value in keys.items()}
+    return keys
 
 
-def _add_vocabulary(writer: GGUFWriter, vocabulary: Mapping[str, object]) -> None:
-    for key, value in vocabulary.items():
+def _add(writer: GGUFWriter, keys: Mapping[str, object]) -> None:
+    for key, value in keys.items():
         if isinstance(value, list):
             writer.add_array(key, value)
         elif isinstance(value, bool):
             writer.add_bool(key, value)
         elif isinstance(value, int):
             writer.add_uint32(key, value)
+        elif isinstance(value, float):
+            writer.add_float32(key, value)
         else:
             writer.add_string(key, str(value))
 
 
 def main() -> int:
+    types = sorted([*_SPREAD, "F16", "BF16", "F32"])
     parser = argparse.ArgumentParser(prog="python -m glm_mlx.make_tiny", description=__doc__.splitlines()[0])
     parser.add_argument("path", help="the file to write")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--full-width", action="store_true", help="GLM-4.7-Flash's real widths, one dense and one MoE layer"
     )
-    parser.add_argument(
-        "--type", default="Q4_0", choices=sorted([*_SPREAD, "F16", "BF16", "F32"]), help="of every matrix"
-    )
-    parser.add_argument(
-        "--override", action="append", default=[], metavar="PART=TYPE", help="type of the tensors so named"
-    )
+    parser.add_argument("--type", default="Q4_0", choices=types, help="of every matrix")
+    parser.add_argument("--override", action="append", default=[], metavar="NAME=TYPE", help="of tensors that begin so")
     parser.add_argument("--mtp", action="store_true", help="add a multi-token-prediction layer")
     parser.add_argument("--layout", choices=("split", "flat", "kv_b"), default="split", help="of attn_k_b and attn_v_b")
     args = parser.parse_args()
     base = GLM_FLASH if args.full_width else TinySpec()
-    overrides = dict(item.split("=", 1) for item in args.override if "=" in item)
+    overrides = dict(item.partition("=")[::2] for item in args.override)
+    for name, kind in overrides.items():
+        if not name or kind not in types:
+            parser.error(f"--override {name}={kind} is not NAME=TYPE with a type of {', '.join(types)}")
     spec = TinySpec(
         **{
             **vars(base),

@@ -1,6 +1,6 @@
 """Shared files, and the table of worst errors at the end of a run."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,15 @@ MakeModel = Callable[[TinySpec], Path]
 _reports: list[dict[str, Any]] = []
 
 
-@pytest.fixture(autouse=True)
-def _on_the_cpu() -> Iterator[None]:
-    """The float32 parity of the CPU back end is what CI proves; GPU runs name their device themselves."""
-    before = mx.default_device()
-    mx.set_default_device(mx.cpu)
-    yield
-    mx.set_default_device(before)
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--device", choices=("cpu", "gpu"), default="cpu", help="where MLX runs: cpu (what CI proves), or gpu"
+    )
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _device(pytestconfig: pytest.Config) -> None:
+    mx.set_default_device(mx.gpu if pytestconfig.getoption("--device") == "gpu" else mx.cpu)
 
 
 @pytest.fixture(scope="session")

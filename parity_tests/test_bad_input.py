@@ -369,6 +369,47 @@ def test_nonsense_in_a_key_is_named_or_harmless(name: str, good: Make, tmp_path:
     assert ran > 30
 
 
+NEVER: dict[str, list[Any]] = {  # what a key of an otherwise good GLM file must not be
+    KEY + "block_count": [0, 1, -1, 1 << 31, 2.0, True, "3"],  # 1: the MTP layer alone
+    KEY + "nextn_predict_layers": [3, 4, -1, 0.0],
+    KEY + "context_length": [0, -1, 1 << 31, 1 << 64, 4096.0],
+    KEY + "expert_group_count": [2, 8, -1, "1"],
+    KEY + "expert_group_used_count": [2, 4],
+    KEY + "rope.dimension_count": [0, 1, 7, 9, 40, 42, 1 << 31],  # 40 is the head size
+    KEY + "expert_used_count": [0, 5, 1 << 30],  # of 4 experts
+    KEY + "expert_feed_forward_length": [0],
+    KEY + "expert_gating_func": [3, 4, -1, True, "sigmoid"],
+    KEY + "expert_weights_norm": [0, 1, "true", 1.0],
+    KEY + "expert_weights_scale": [-0.5, math.nan, math.inf, 1e7, True],
+    KEY + "attention.layer_norm_rms_epsilon": [0, -1e-5, 1e-20, 1.5, math.nan, math.inf, False],
+    KEY + "rope.freq_base": [0, 1.0, -1e6, math.nan, math.inf, 1e13],
+    KEY + "rope.scaling.type": ["linear", "longrope", "", 1],
+    "general.sampling.temp": [-0.1, 101, math.nan, math.inf, "1", True],
+    "general.sampling.top_p": [-0.1, 1.01, math.nan, True],
+    "general.sampling.top_k": [-1, 1 << 40, math.nan, "40"],
+    "general.sampling.min_p": [-0.1, 1.01, math.nan],
+    "tokenizer.ggml.tokens": [[], 5, "abc"],
+}
+NEVER_IN_YARN: dict[str, list[Any]] = {
+    KEY + "rope.scaling.factor": [0, 0.5, -1, math.nan, math.inf, 1e7],
+    KEY + "rope.scaling.original_context_length": [0, -1, 4096.0],
+    KEY + "rope.scaling.yarn_log_multiplier": [-0.1, 11, math.nan],
+    KEY + "rope.scaling.yarn_beta_fast": [0, -1, math.nan, 1e300],
+    KEY + "rope.scaling.yarn_beta_slow": [0, -1, math.nan, 1e300],
+}
+
+
+@pytest.mark.parametrize("key", [*NEVER, *NEVER_IN_YARN])
+def test_a_value_out_of_its_range_is_named(key: str, good: Make, tmp_path: Path) -> None:
+    """With the key and the value, before a tensor is looked at."""
+    gguf = GGUFFile(good("old" if key in NEVER_IN_YARN else "GLM").write(tmp_path / "file.gguf"))
+    for given in (NEVER | NEVER_IN_YARN)[key]:
+        metadata = {**gguf.metadata, key: given}
+        message = attempt(lambda metadata=metadata: Config.from_metadata(metadata, gguf.tensors))
+        assert isinstance(message, str), f"{key} = {given!r} was taken"
+        assert f"{key} = {given!r} " in message or "block_count = 3 leaves no layer" in message
+
+
 @pytest.mark.parametrize("key", [key for key in (*REQUIRED, *WITH_A_DEFAULT) if key.startswith("tokenizer.ggml")])
 def test_nonsense_in_a_key_of_the_vocabulary_is_named_or_harmless(key: str, good: Make, tmp_path: Path) -> None:
     metadata = GGUFFile(good("GLM").write(tmp_path / "file.gguf")).metadata
@@ -552,11 +593,24 @@ def test_a_wrong_number_of_dimensions_is_named(n_dims: int, good: Make, tmp_path
 
 @pytest.mark.parametrize(
     "dims",
-    [[0], [32, 0], [31], [33, 4], [1 << 63], [32, 1 << 63], [1 << 32, 1 << 32], [1 << 32] * 4, [(1 << 64) - 32]],
+    [
+        [0],
+        [32, 0],
+        [31],
+        [33, 4],
+        [1 << 63],
+        [32, 1 << 63],
+        [1 << 32, 1 << 32],
+        [1 << 32] * 4,
+        [(1 << 64) - 32],
+        [32, (1 << 59) + 1],
+    ],
     ids=str,
 )
 def test_a_size_that_cannot_be_is_refused(dims: list[int], good: Make, tmp_path: Path) -> None:
-    """No values, part of a block, and products that are 0 or small in 64 bits."""
+    """No values, part of a block, and products that are 0 or small in 64 bits. The last tensor is one of those that
+    are not loaded, so that nothing behind the reader sees it.
+    """
     for i in (0, -1):
         file = good("GLM")
         tensor = file.tensors[i]
@@ -604,6 +658,7 @@ def claims(file: File, count: int) -> Iterator[File]:
     for kind in (U8, BOOL, U16, F32, F64, U64, STRING, ARRAY):
         yield file.copy().put("odd.key", array(kind, count))
         yield file.copy().put("tokenizer.ggml.tokens", array(kind, count))
+        yield replace(file.copy().put("odd.key", array(kind, count)), tensors=[], tensor_count=60, data=bytes(1 << 16))
     yield file.copy().put("odd.key", struct.pack("<IQ", STRING, count))
     yield file.copy().put("odd.key", array(STRING, 2, string("x") + struct.pack("<Q", count)))
     header = file.header()

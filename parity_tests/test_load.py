@@ -135,7 +135,7 @@ print(json.dumps({"peak": peak, "held": held}))
 
 def test_loading_holds_no_second_copy(model_file: MakeModel) -> None:
     """Peak memory at most the file's size, 10 % and 200 MB, for a whole process; 480 MB of real shapes."""
-    path = model_file(replace(GLM_FLASH, overrides={"exps": "Q5_K"}))
+    path = model_file(replace(GLM_FLASH, overrides={"ffn": "Q5_K"}))
     size = path.stat().st_size
     assert size > 4e8
     command = [sys.executable, "-c", LOAD_AND_MEASURE, path]

@@ -1,0 +1,366 @@
+"""Tools, requests for them, calls in GLM's format, results, and answers made from the results.
+
+A tool is a random compound of everyday and invented words. A request names a parameter ("with city Paris"), or says its
+role as its description does ("in Paris" for "the place"). A call holds exactly the arguments that the request gives.
+"""
+
+import json
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from glm_mlx.small.puzzles import addition
+from glm_mlx.small.talk import out_of_scope, small_talk
+from glm_mlx.small.turns import Message, Style, Turn, assistant, user
+from glm_mlx.small.words import (
+    NOUNS,
+    PARAMETERS,
+    VERBS,
+    capital,
+    first_name,
+    invented,
+    joined,
+    say,
+    stem_from,
+    with_article,
+)
+
+Value = str | int | float | bool
+
+
+@dataclass(frozen=True)
+class Role:
+    """What a parameter is for: how its schema describes it and how a request says it without its name."""
+
+    description: str
+    kind: str  # JSON schema's type
+    phrase: str  # with {} for the value; two, separated by a bar, for true and false
+    value: Callable[[random.Random, bool], Value]
+
+
+@dataclass(frozen=True)
+class Parameter:
+    name: str
+    role: Role
+    described: bool
+    required: bool
+
+
+@dataclass(frozen=True)
+class Tool:
+    name: str
+    description: str  # "Get the weather."
+    task: str  # "get the weather": how a request says it
+    noun: str
+    parameters: tuple[Parameter, ...]
+
+    def schema(self) -> dict[str, Any]:
+        """OpenAI's form."""
+        properties = {}
+        for parameter in self.parameters:
+            described = {"description": parameter.role.description} if parameter.described else {}
+            properties[parameter.name] = {"type": parameter.role.kind, **described}
+        required = [parameter.name for parameter in self.parameters if parameter.required]
+        function = {
+            "name": self.name,
+            "description": self.description,
+            "parameters": {"type": "object", "properties": properties, "required": required},
+        }
+        return {"type": "function", "function": function}
+
+
+@dataclass(frozen=True)
+class Call:
+    tool: Tool
+    arguments: dict[str, Value]  # in the schema's order
+    request: str  # "get the weather in Paris", without a full stop
+
+
+def _place(rng: random.Random, held_out: bool) -> str:
+    return invented(rng, held_out).capitalize()
+
+
+def _word(rng: random.Random, held_out: bool) -> str:
+    return invented(rng, held_out) if rng.random() < 0.5 else stem_from(rng, NOUNS, held_out)
+
+
+def _words(rng: random.Random, held_out: bool) -> str:
+    return " ".join(_word(rng, held_out) for _ in range(rng.choice((1, 2, 2, 3))))
+
+
+def _code(rng: random.Random, _: bool) -> str:
+    letters = "".join(rng.choices("ABCDEFGHKLMNPRSTVWXZ", k=rng.choice((1, 2, 2))))
+    return f"{letters}{rng.choice(('-', ''))}{rng.randrange(10, 10_000)}"
+
+
+def _date(rng: random.Random, _: bool) -> str:
+    return f"20{rng.randrange(24, 40)}-{rng.randrange(1, 13):02}-{rng.randrange(1, 29):02}"
+
+
+def _clock(rng: random.Random, _: bool) -> str:
+    return f"{rng.randrange(24):02}:{rng.choice((0, 5, 10, 15, 20, 30, 45)):02}"
+
+
+def _small_integer(rng: random.Random, _: bool) -> int:
+    return rng.randrange(1, 31)
+
+
+def _integer(rng: random.Random, _: bool) -> int:
+    number = rng.randrange(1, 10 ** rng.choice((1, 2, 2, 3, 4)))
+    return -number if rng.random() < 0.05 else number
+
+
+def _number(rng: random.Random, _: bool) -> float:
+    whole = rng.randrange(10 ** rng.choice((1, 2, 2, 3)))
+    return (
+        whole if rng.random() < 0.15 else float(f"{whole}.{rng.choice((rng.randrange(1, 10), rng.randrange(10, 100)))}")
+    )
+
+
+def _flag(rng: random.Random, _: bool) -> bool:
+    return rng.random() < 0.5
+
+
+_ROLES = (
+    Role("The place.", "string", "in {}", _place),
+    Role("The person.", "string", "for {}", first_name),
+    Role("The date.", "string", "on {}", _date),
+    Role("The time.", "string", "at {}", _clock),
+    Role("The topic.", "string", "about {}", _words),
+    Role("The text.", "string", "saying {}", _words),
+    Role("The code.", "string", "with code {}", _code),
+    Role("The place to start from.", "string", "from {}", _place),
+    Role("The place to go to.", "string", "to {}", _place),
+    Role("How many times.", "integer", "{} times", _integer),
+    Role("How many days.", "integer", "for {} days", _small_integer),
+    Role("How many people.", "integer", "for {} people", _small_integer),
+    Role("The level.", "integer", "at level {}", _integer),
+    Role("The highest price.", "number", "under {} coins", _number),
+    Role("The weight in kilograms.", "number", "weighing {} kilograms", _number),
+    Role("The length in meters.", "number", "of {} meters", _number),
+    Role("Whether it is urgent.", "boolean", "urgently|without hurry", _flag),
+    Role("Whether it is secret.", "boolean", "in secret|in public", _flag),
+    Role("Whether to do it again.", "boolean", "again and again|only once", _flag),
+)
+
+
+def _stem(rng: random.Random, words: list[str], held_out: bool) -> str:
+    """Mostly a word of the list, else an invented one."""
+    return stem_from(rng, words, held_out) if rng.random() < 0.6 else invented(rng, held_out)
+
+
+def _parameters(rng: random.Random, held_out: bool, count: int) -> tuple[Parameter, ...]:
+    described = rng.random() < 0.75
+    # In one request "for" may mean a person, days or people, told apart by the value; no role occurs twice.
+    roles = rng.sample(_ROLES, count)
+    made: dict[str, Parameter] = {}
+    for role in roles:
+        name = ""
+        while not name or name in made:
+            name = _stem(rng, PARAMETERS, held_out)
+            if rng.random() < 0.25:
+                name += "_" + _stem(rng, PARAMETERS, held_out)
+        made[name] = Parameter(name, role, described, required=rng.random() < 0.7)
+    return tuple(made.values())
+
+
+def _tool(rng: random.Random, held_out: bool, count: int) -> Tool:
+    verb, noun = _stem(rng, VERBS, held_out), _stem(rng, NOUNS, held_out)
+    noun_words = noun if rng.random() < 0.75 else f"{_stem(rng, NOUNS, held_out)} {noun}"
+    snake_noun = noun_words.replace(" ", "_")
+    shape = rng.random()
+    if shape < 0.7:
+        name = f"{verb}_{snake_noun}"
+    elif shape < 0.8:
+        name = f"{snake_noun}_{verb}"
+    elif shape < 0.88:
+        name = verb + "".join(word.capitalize() for word in noun_words.split())
+    else:  # a name that says nothing: the description must do
+        name = _stem(rng, NOUNS, held_out) + "_" + invented(rng, held_out)
+    article = rng.choice(("the", "the", "a"))
+    task = f"{verb} {with_article(noun_words) if article == 'a' else 'the ' + noun_words}"
+    return Tool(name, capital(task) + ".", task, noun_words, _parameters(rng, held_out, count))
+
+
+def make_tools(rng: random.Random, held_out: bool) -> list[Tool]:
+    """One to four tools with no noun in common, at most eight parameters in all."""
+    tools: list[Tool] = []
+    words: set[str] = set()
+    room = 8
+    for _ in range(rng.choices((1, 2, 3, 4), (30, 35, 22, 13))[0]):
+        count = min(room, rng.choices((0, 1, 2, 3, 4), (4, 33, 35, 20, 8))[0])
+        tool = _tool(rng, held_out, count)
+        if words.isdisjoint(tool.noun.split()) and tool.name not in [other.name for other in tools]:
+            tools.append(tool)
+            words.update(tool.noun.split())
+            room -= count
+    return tools
+
+
+def _shown(value: Value) -> str:
+    """A value as a person writes it, quoted where it has several words."""
+    if isinstance(value, str):
+        return f'"{value}"' if " " in value else value
+    return json.dumps(value)
+
+
+def make_call(rng: random.Random, held_out: bool, tool: Tool) -> Call:
+    """A call of the tool and the request for it. Required parameters are always given, others half of the time."""
+    given = [parameter for parameter in tool.parameters if parameter.required or rng.random() < 0.5]
+    arguments = {parameter.name: parameter.role.value(rng, held_out) for parameter in given}
+    if rng.random() < 0.2:
+        rng.shuffle(given)
+    # Without descriptions only the names say which value is whose.
+    by_role = all(parameter.described for parameter in given) and rng.random() < 0.45
+    details = _by_role(given, arguments) if by_role else _by_name(rng, given, arguments)
+    return Call(tool, arguments, tool.task + details)
+
+
+def _by_role(given: list[Parameter], arguments: dict[str, Value]) -> str:
+    """` in Paris for 3 days`"""
+    parts = []
+    for parameter in given:
+        value, phrase = arguments[parameter.name], parameter.role.phrase
+        if isinstance(value, bool):
+            parts.append(phrase.split("|")[0 if value else 1])
+        else:
+            parts.append(phrase.format(_shown(value)))
+    return "".join(" " + part for part in parts)
+
+
+def _by_name(rng: random.Random, given: list[Parameter], arguments: dict[str, Value]) -> str:
+    """` with city Paris and days 3`, and other forms that name the parameters."""
+    if not given:
+        return ""
+    link, between, start = rng.choice(
+        (
+            (" ", "and", " with "),
+            (" ", "and", " with "),
+            (" ", "and", " with the "),
+            (" is ", ",", ": "),
+            (" ", ",", ": "),
+            (": ", ",", ", "),
+            ("=", ",", " with "),
+            ("=", " ", ": "),
+            (" set to ", "and", " with "),
+        )
+    )
+    spoken = rng.random() < 0.5 and link != "="
+    words = rng.choice((("true", "false"), ("true", "false"), ("yes", "no"), ("on", "off")))
+    pairs = []
+    for parameter in given:
+        value = arguments[parameter.name]
+        shown = words[0 if value else 1] if isinstance(value, bool) else _shown(value)
+        pairs.append(f"{parameter.name.replace('_', ' ') if spoken else parameter.name}{link}{shown}")
+    return start + (joined(pairs) if between == "and" else f"{between} ".replace("  ", " ").join(pairs))
+
+
+def _request(rng: random.Random, calls: list[Call]) -> str:
+    first, *others = (call.request for call in calls)
+    opening = say(
+        rng,
+        "(|||Please |Can you |Could you |I want you to |I need to |Hi, please |Would you |Now |You should |Help me |Let's )",
+    )
+    text = capital(opening + first)
+    for other in others:
+        text += say(rng, "(, and |, then |, and then |. Also, |. Then )") + other
+    if opening.startswith(("Can", "Could", "Would")):
+        return text + "?"
+    return text + say(rng, "(.|.|.|| now.|. Thanks.|, please.)") if not opening or others else text + "."
+
+
+def _tool_calls(calls: list[Call]) -> list[dict[str, Any]]:
+    return [{"type": "function", "function": {"name": call.tool.name, "arguments": call.arguments}} for call in calls]
+
+
+def _plan(calls: list[Call]) -> str:
+    """`Call get_weather: city Paris, days 3`"""
+    steps = []
+    for call in calls:
+        details = ", ".join(f"{name} {_shown(value)}" for name, value in call.arguments.items())
+        steps.append(f"Call {call.tool.name}" + (f": {details}" if details else ""))
+    return "; ".join(steps) + "."
+
+
+_RESULT_KEYS = """result total price status temperature distance count name place answer number amount time code level
+size weight color state speed id""".split()
+_STATUS = "done open closed ready late sold new full empty busy free warm cold lost found waiting".split()
+_ERRORS = "not found|no connection|access denied|too many requests|the service is closed|unknown code|out of stock"
+
+
+def _result_value(rng: random.Random, held_out: bool) -> Value:
+    make = rng.choice((_integer, _number, _place, _word, _code, lambda rng, _: rng.choice(_STATUS)))
+    return make(rng, held_out)
+
+
+def _result(rng: random.Random, style: Style, call: Call) -> tuple[str, str]:
+    """A tool's result, and what the assistant says of it."""
+    noun, kind = call.tool.noun, rng.random()
+    if kind < 0.1:
+        error = say(rng, f"({_ERRORS})")
+        return json.dumps({"error": error}), f"That did not work: {error}."
+    if kind < 0.3:
+        value = _shown_result(_result_value(rng, style.held_out))
+        return value, f"{value}." if style.brief else f"The {noun}: {value}."
+    if kind < 0.4:
+        done = rng.choice(("ok", "done", '{"ok": true}', '{"status": "ok"}'))
+        return done, "Done." if style.brief else f"Done: {call.tool.task}."
+    keys = rng.sample(_RESULT_KEYS, rng.choice((1, 1, 2, 3)))
+    if rng.random() < 0.4:
+        keys[0] = _word(rng, style.held_out)
+    values = {key: _result_value(rng, style.held_out) for key in keys}
+    said = joined([f"the {key} is {_shown_result(value)}" for key, value in values.items()])
+    return json.dumps(values), capital(said) + "."
+
+
+def _shown_result(value: Value) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def call_turn(rng: random.Random, style: Style, tools: list[Tool]) -> Turn:
+    """A request that one or two calls serve, the calls, their results, and the answer."""
+    calls = [make_call(rng, style.held_out, rng.choice(tools))]
+    if rng.random() < 0.15:
+        calls.append(make_call(rng, style.held_out, rng.choice(tools)))
+    results = [_result(rng, style, call) for call in calls]
+    answer = " ".join(said for _, said in results)
+    content = "; ".join(result for result, _ in results)
+    messages: list[Message] = [
+        user(_request(rng, calls)),
+        assistant(style, _plan(calls), "", tool_calls=_tool_calls(calls)),
+        *({"role": "tool", "content": result} for result, _ in results),
+        assistant(style, f"The result: {content}", answer),
+    ]
+    expected = [{"name": call.tool.name, "arguments": call.arguments} for call in calls]
+    return Turn(messages, {"calls": expected})
+
+
+def no_tool_turn(rng: random.Random, style: Style, tools: list[Tool]) -> Turn:
+    """A request that none of the tools serves: it is answered without one, or refused."""
+    kind = rng.random()
+    if kind < 0.25:
+        return addition(rng, style)
+    if kind < 0.5:
+        return small_talk(rng, style)
+    if kind < 0.6:
+        return out_of_scope(rng, style)
+    taken = {word for tool in tools for word in tool.noun.split()}
+    other = _tool(rng, style.held_out, rng.choice((1, 2)))
+    while not taken.isdisjoint(other.noun.split()):
+        other = _tool(rng, style.held_out, 1)
+    names = joined([tool.name for tool in tools])
+    answer = say(rng, "(I have no tool for that.|None of my tools can do that.)")
+    if not style.brief and rng.random() < 0.5:
+        answer += f" I have {names}."
+    request = user(_request(rng, [make_call(rng, style.held_out, other)]))
+    return Turn([request, assistant(style, "None of the tools fits.", answer)])
+
+
+def tool_turns(rng: random.Random, style: Style, turns: int) -> tuple[list[Turn], list[dict[str, Any]]]:
+    """Requests over one set of tools, and the tools' schemas."""
+    tools = make_tools(rng, style.held_out)
+    made = [
+        no_tool_turn(rng, style, tools) if rng.random() < 0.15 else call_turn(rng, style, tools) for _ in range(turns)
+    ]
+    return made, [tool.schema() for tool in tools]

@@ -1,0 +1,81 @@
+"""The small model's vocabulary: byte-level BPE, trained with the `tokenizers` library on the corpus.
+
+Two things differ from plain training, so that a tiny model can do arithmetic and copy words it never saw:
+- Digits never merge. Then a number is the row of its digits, every sum uses the same ten tokens, and the working of an
+  addition takes its columns one token at a time.
+- Merges do not cross from a space, quote or underscore into a word, so a word has the same tokens after a space, in
+  JSON, in a name and at the start of a value. Only whole common words get a token of their own with the space, and
+  these merges come last: a rare word is a space and then its usual tokens.
+"""
+
+import json
+import re
+from collections import Counter
+from itertools import islice
+from typing import Any
+
+import tokenizers
+from tokenizers import models, pre_tokenizers, trainers
+
+from glm_mlx.chat import GLM_TEMPLATE
+from glm_mlx.small.corpus import conversations, segments
+from glm_mlx.tokenizer import BYTE_CHARS
+
+# GLM's names, in the order of GLM's ids, as in `glm_mlx.tiny_vocab`.
+CONTROL = "<|endoftext|> [MASK] [gMASK] [sMASK] <sop> <eop> <|system|> <|user|> <|assistant|> <|observation|>".split()
+TAGS = (
+    "<think> </think> <tool_call> </tool_call> <tool_response> </tool_response>"
+    " <arg_key> </arg_key> <arg_value> </arg_value>"
+).split()
+
+_CONVERSATIONS = 12_000  # about 8 MB of text
+_SPACED_SHARE = 0.35  # of the merges, those that join a space and a common word
+_PIECE = re.compile(r"'[a-z]+|[^\W\d_]+| ?(?:[^\w\s]|_)+[\r\n]*|\s*[\r\n]+")
+_SPACE = "Ġ"
+
+
+def train_vocabulary(seed: int, size: int = 2048) -> dict[str, Any]:
+    """The `tokenizer.*` metadata of a file, as plain Python values. The same seed and size give the same ids."""
+    pieces: Counter[str] = Counter()
+    spaced: Counter[str] = Counter()
+    for conversation in islice(conversations(seed), _CONVERSATIONS):
+        for text, special, _ in segments(conversation):
+            if not special:
+                pieces.update(_PIECE.findall(text))
+                spaced.update(re.findall(r"(?<= )[^\W\d_]+", text))
+    count = size - len(BYTE_CHARS) - len(CONTROL) - len(TAGS)
+    merges = _learn(pieces, count - int(count * _SPACED_SHARE))
+    known = {left + right for left, right in merges} | set(BYTE_CHARS)
+    common = sorted((word for word in spaced if word in known), key=lambda word: (-spaced[word], word))
+    merges += [(_SPACE, word) for word in common if _SPACE + word not in known][: count - len(merges)]
+    plain = [*BYTE_CHARS, *(left + right for left, right in merges)]
+    tokens = plain + CONTROL + TAGS
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "glm4",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [1] * len(plain) + [3] * len(CONTROL) + [4] * len(TAGS),
+        "tokenizer.ggml.merges": [f"{left} {right}" for left, right in merges],
+        "tokenizer.ggml.bos_token_id": tokens.index("[gMASK]"),
+        "tokenizer.ggml.eos_token_id": tokens.index("<|endoftext|>"),
+        "tokenizer.ggml.padding_token_id": tokens.index("<|endoftext|>"),
+        "tokenizer.ggml.eot_token_id": tokens.index("<|user|>"),
+        "tokenizer.ggml.eom_token_id": tokens.index("<|observation|>"),
+        "tokenizer.ggml.add_bos_token": False,
+        "tokenizer.chat_template": GLM_TEMPLATE,
+    }
+
+
+def _learn(pieces: Counter[str], count: int) -> list[tuple[str, str]]:
+    """The library's merges for pieces of text that are already cut."""
+    bpe = tokenizers.Tokenizer(models.BPE())
+    # The pieces come in whole, separated by a tab, which none of them holds.
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split("\t", "removed"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=len(BYTE_CHARS) + count, initial_alphabet=list(BYTE_CHARS), show_progress=False
+    )
+    bpe.train_from_iterator(("\t".join([piece] * uses) for piece, uses in sorted(pieces.items())), trainer)
+    merges = json.loads(bpe.to_str())["model"]["merges"]
+    return [(left, right) for left, right in merges]

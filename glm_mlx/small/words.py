@@ -1,0 +1,132 @@
+"""The words that the corpus is made of, and which of them training never sees in a tool call.
+
+All lists are our own. Names are common first names or invented from syllables.
+"""
+
+import random
+import re
+import zlib
+from collections.abc import Sequence
+
+ANIMALS = """fox owl bear mouse rabbit cat dog hen duck goat sheep horse frog toad crow swan wolf deer mole badger otter
+beaver hedgehog squirrel snail turtle crab seal whale pony donkey goose sparrow robin bee ant beetle spider lizard
+camel tiger lion panda zebra parrot""".split()
+COLOURS = "red blue green yellow white black brown pink purple orange grey golden silver".split()
+# Regular plurals only, so that "three cups" needs no table.
+OBJECTS = """cup hat ball button stone shell apple pear lamp kite drum bell book key ring coin basket ribbon feather
+candle spoon plate carrot lemon boot mitten map bottle blanket flower acorn pebble whistle rope bucket marble pillow
+scarf-pin cookie pumpkin turnip lantern flag jar stick brush bead cap pencil""".replace("scarf-pin", "pin").split()
+PLACES = {  # the noun -> where, as a phrase
+    "garden": "in the garden",
+    "forest": "in the forest",
+    "river": "by the river",
+    "lake": "at the lake",
+    "mill": "near the mill",
+    "bridge": "under the bridge",
+    "market": "at the market",
+    "hill": "on the hill",
+    "barn": "behind the barn",
+    "beach": "on the beach",
+    "cave": "in a cave",
+    "meadow": "in the meadow",
+    "tower": "in the tower",
+    "well": "beside the well",
+    "school": "near the school",
+    "harbor": "at the harbor",
+    "orchard": "in the orchard",
+    "village": "in the village",
+    "attic": "in the attic",
+    "kitchen": "in the kitchen",
+    "station": "at the station",
+    "pond": "by the pond",
+    "valley": "in the valley",
+    "castle": "in the castle",
+    "island": "on a small island",
+    "road": "on the road",
+    "fence": "next to the fence",
+    "oak": "under an old oak",
+}
+FIRST_NAMES = """Mira Tom Anna Leo Nora Ben Ida Max Lily Sam Rosa Finn Ella Otto Maya Jack Zoe Hugo Clara Emil Ruby Paul
+Mona Felix Lena Oscar Alma Karl Tilda Noah Vera Simon Greta Adam Olga Peter Julia Martin Sara David""".split()
+NUMBER_WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()
+
+VERBS = """get find set show add send book open close start stop check list make read write plan count move track order
+rent fetch update cancel call change create delete search save load print share sort store test turn watch weigh paint
+measure pack join invite hire fill draw copy clean build buy sell bring ask answer pay park play post pull push record
+remove repair report reserve ring send ship sign sing split switch trade train translate visit wash convert compare
+approve assign archive attach collect compute deliver describe detect lock unlock mix order publish rate scan""".split()
+NOUNS = """weather ticket table room lamp train order parcel song letter note alarm meeting taxi flight hotel garden
+recipe price stock score game map route road bridge ship boat car bike bus truck wagon engine wheel tire door window
+roof wall floor carpet chair desk shelf book page poem story report form file folder photo picture video camera phone
+message mail stamp card coin bank loan bill tax wage salary job task project team club member guest party concert
+theater movie museum painting statue park forest tree flower seed crop field farm barn cow sheep horse dog cat bird
+fish river lake ocean wave tide storm rain snow wind cloud sun moon star planet rocket satellite signal radio channel
+sensor switch light heater oven fridge kettle cup plate spoon knife bowl soup bread cheese butter egg milk juice tea
+coffee sugar salt pepper fruit apple pear plum cherry grape lemon melon potato tomato carrot onion bean rice wheat corn
+bottle box bag basket crate barrel pipe pump valve tank filter wire cable battery motor printer screen keyboard mouse
+server backup password account profile badge key lock safe vault gate fence tower castle village town city island
+harbor beach hill mountain valley cave mine stone gold silver iron copper wood paper glass cloth shirt coat hat shoe
+boot glove scarf ring watch clock calendar holiday lesson course school pupil teacher exam grade library doctor nurse
+clinic pill diet sleep walk run swim match medal trophy ball net goal court track ladder hammer nail screw drill saw
+brush bucket broom towel soap mirror candle lantern torch match tent camp trail compass anchor sail rope knot flag drum
+flute piano violin guitar choir dance stage ticket""".split()
+PARAMETERS = """city town place location region person name user customer owner guest sender count number amount limit
+size quantity days hours minutes date day time hour price cost weight length height width depth speed level volume
+temperature code id label title topic subject text message color style format language unit mode status type kind
+category priority urgent express silent public private active enabled repeat remind visible page row column index
+target source reason comment address street country floor room seat group team brand model version start end""".split()
+
+_ONSETS = "b c d f g h j k l m n p r s t v w z br dr fl gr kr pl st tr th sh".split()
+_VOWELS = "a e i o u a e i o ai ea oo".split()
+_CODAS = ["", "", "", "", *"l n r s m t k nd rt ck".split()]
+
+# With this salt the words of everyday tools (get, find, set, weather, city, date, count) are in training.
+_SALT = "glm-3:"
+_CHOICE = re.compile(r"\(([^()]*)\)")
+
+
+def is_held_out(stem: str) -> bool:
+    """True for the fifth of all words that occur in no tool, and as no name in a story, of the training corpus."""
+    return zlib.crc32((_SALT + stem.lower()).encode()) % 5 == 0
+
+
+def stem_from(rng: random.Random, words: Sequence[str], held_out: bool) -> str:
+    """A word of the list on the wanted side of the split."""
+    while is_held_out(word := rng.choice(words)) != held_out:
+        pass
+    return word
+
+
+def invented(rng: random.Random, held_out: bool) -> str:
+    """A made-up word of two or three syllables, lower case, on the wanted side of the split."""
+    while True:
+        syllables = rng.choice((2, 2, 3))
+        word = "".join(rng.choice(_ONSETS) + rng.choice(_VOWELS) for _ in range(syllables)) + rng.choice(_CODAS)
+        if is_held_out(word) == held_out:
+            return word
+
+
+def first_name(rng: random.Random, held_out: bool) -> str:
+    """A common or an invented first name."""
+    return stem_from(rng, FIRST_NAMES, held_out) if rng.random() < 0.4 else invented(rng, held_out).capitalize()
+
+
+def say(rng: random.Random, pattern: str) -> str:
+    """The pattern with one alternative chosen in every `(a|b|)`, the innermost first."""
+    while "(" in pattern:
+        pattern = _CHOICE.sub(lambda found: rng.choice(found[1].split("|")), pattern)
+    return pattern
+
+
+def with_article(noun: str) -> str:
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+
+
+def capital(text: str) -> str:
+    """The first letter upper case, the rest as it is."""
+    return text[:1].upper() + text[1:]
+
+
+def joined(items: Sequence[str]) -> str:
+    """`a`, `a and b`, `a, b and c`."""
+    return items[0] if len(items) == 1 else ", ".join(items[:-1]) + " and " + items[-1]
