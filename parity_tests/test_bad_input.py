@@ -45,6 +45,7 @@ from parity_tests.fuzz import (
     U32,
     U64,
     File,
+    Tensor,
     array,
     changed,
     damaged_header,
@@ -363,6 +364,7 @@ def test_nonsense_in_a_key_is_named_or_harmless(name: str, good: Make, tmp_path:
             elif given != plain.get(key) and key not in UNREAD:
                 ran += 1
                 cfg, pairs = planned
+                assert isinstance(cfg.name, str)
                 model = Model(cfg, weights.load(gguf, cfg, pairs), loaded.model.dtype)
                 generate_two(replace(loaded, config=cfg, model=model))
     assert named > 500
@@ -539,8 +541,16 @@ def test_a_tensor_without_a_place_is_named(name: str, good: Make, tmp_path: Path
     for extra in ("blk.0.attn_output.bias", "blk.7.attn_norm.weight", "rope_freqs.weight", "outputt.weight", "blk.é"):
         file = good(name)
         norm = file.tensor("output_norm.weight")
-        file.tensors.append(type(norm)(extra, list(norm.dims), norm.type, 0))
+        file.tensors.append(Tensor(extra, list(norm.dims), norm.type, 0))
         assert f"holds the tensor {extra}, which has no place" in refusal(file.with_zeros().write(tmp_path / "f.gguf"))
+
+
+def test_k_b_and_v_b_beside_kv_b_are_known(good: Make, tmp_path: Path) -> None:
+    """Some files hold both forms of the same weights."""
+    file = good("old")
+    for name in ("blk.0.attn_k_b.weight", "blk.1.attn_v_b.weight"):
+        file.tensors.append(Tensor(name, [32, 64, 2], int(GGMLQuantizationType.Q4_0), 0))
+    generate_two(load_model(file.with_zeros().write(tmp_path / "file.gguf")))
 
 
 def test_a_layer_less_than_the_file_holds_is_refused(good: Make, tmp_path: Path) -> None:

@@ -4,8 +4,8 @@ What a conversation is about (several turns mix; `tools` stays with one set of t
 
 | task | share | what |
 |---|---|---|
-| tools | 34 % | a call or two from schemas, results, an answer; sometimes no tool fits |
-| story | 22 % | a story told or given, and questions about it |
+| tools | 32 % | a call or two from schemas, results, an answer; sometimes no tool fits |
+| story | 24 % | a story told or given, and questions about it |
 | addition | 16 % | 1 to 3 digits, 2 most often, worked digit by digit from the right |
 | subtraction | 7 % | the same |
 | sorting, counting | 4 % each | three to six words; one to nine words |
@@ -28,8 +28,8 @@ from glm_mlx.small.turns import Message, Style, Turn
 from glm_mlx.tokenizer import Tokenizer
 
 TASKS = {
-    "tools": 34.0,
-    "story": 22.0,
+    "tools": 32.0,
+    "story": 24.0,
     "addition": 16.0,
     "subtraction": 7.0,
     "sorting": 4.0,
@@ -48,7 +48,7 @@ _SINGLE_TURNS = {
     "scope": talk.out_of_scope,
 }
 _SINGLE_WEIGHTS = [TASKS[task] for task in _SINGLE_TURNS]
-_MAX_CHARS = 1300  # about 400 tokens: several conversations share a row of 512
+_MAX_CHARS = 1250  # about 400 tokens: several conversations share a row of 512
 
 _SYSTEM = (
     "You are a helpful assistant.",
@@ -117,7 +117,7 @@ def make_conversation(rng: random.Random, held_out: bool, task: str | None) -> C
     count = rng.choices((1, 2, 3, 4), (50, 28, 14, 8))[0]
     tools = None
     if main == "tools":
-        turns, tools = tool_calls.tool_turns(rng, style, min(count, 2))
+        turns, tools = tool_calls.tool_turns(rng, style, 1 if rng.random() < 0.7 else 2)
     elif main == "story":
         turns = stories.story_turns(rng, style, rng.choice((0, 1, 1, 2, 2, 3)))
         if task is None and count > 2:
@@ -202,7 +202,7 @@ def segments(conversation: Conversation) -> Iterator[tuple[str, bool, float]]:
 
 
 def _assistant_segments(message: Message, reasoning_kept: bool) -> Iterator[tuple[str, bool, float]]:
-    """What follows `<|assistant|>`. The prompt for an answer ends with `<think>`, or with `</think>` if there is none."""
+    """What follows `<|assistant|>`; the prompt for an answer holds the first tag, `<think>` or `</think>`."""
     reasoning, content = message.get("reasoning_content"), message["content"]
     if content != content.strip() or (reasoning or "") != (reasoning or "").strip():
         raise ValueError(f"the template would trim {message!r}; write it without spaces at its ends")

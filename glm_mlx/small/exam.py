@@ -3,7 +3,7 @@
 | task | right when |
 |---|---|
 | addition | the answer is the sum, alone or in a sentence that holds no number but the sum and the two added |
-| tools | nothing but the calls is written, each with the tool's name and exactly the arguments, typed as the schema says |
+| tools | only the calls are written, each with the tool's name and exactly the arguments, typed as the schema says |
 | story | of all words of its kind (names, animals, colours, places …) the answer has the right one alone |
 | format | reasoning, answer, calls and the stop token stand as GLM's format has them; nothing about the content |
 
@@ -43,7 +43,7 @@ class Case:
 def exam(task: str, count: int, seed: int) -> list[Case]:
     """Held-out questions of one of EXAMS, the same for the same seed.
 
-    addition: two numbers of two digits at most, thinking on. tools: one or two calls. story: a question about a story
+    addition: two numbers of two digits, thinking on. tools: one or two calls. story: a question about a story
     in the conversation. format: any turn of any held-out conversation.
     """
     if task not in EXAMS:
@@ -57,7 +57,10 @@ def exam(task: str, count: int, seed: int) -> list[Case]:
 
 def _addition_case(rng: random.Random) -> Case:
     style, opening = make_style(rng, held_out=True)
-    turn = puzzles.addition(rng, Style(True, style.brief, True), digits=2)
+    while True:
+        turn = puzzles.addition(rng, Style(True, style.brief, True), digits=2)
+        if min(turn.expected["numbers"]) >= 10:
+            break
     return Case(opening + turn.messages[:1], None, True, "addition", turn.expected)
 
 

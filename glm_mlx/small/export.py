@@ -74,8 +74,8 @@ def quantize_q6_k(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
     wide = d.astype(np.float32)
     scales = np.where(wide > 0, np.round(wanted / np.where(wide > 0, wide, 1)), 0).clip(-128, 127).astype(np.int8)
     step = (wide * scales)[..., None]
-    q = np.where(step != 0, np.round(blocks / np.where(step != 0, step, 1)), 0).clip(-32, 31).astype(np.int8) + 32
-    q = q.astype(np.uint8).reshape(-1, 2, 4, 32)  # halves of 128: four rows of 32
+    nearest = np.where(step != 0, np.round(blocks / np.where(step != 0, step, 1)), 0).clip(-32, 31)
+    q = (nearest + 32).astype(np.uint8).reshape(-1, 2, 4, 32)  # halves of 128: four rows of 32
     low, high = q & 0x0F, q >> 4
     ql = low[:, :, :2] | (low[:, :, 2:] << 4)
     qh = high[:, :, 0] | (high[:, :, 1] << 2) | (high[:, :, 2] << 4) | (high[:, :, 3] << 6)

@@ -38,8 +38,8 @@ _TAKEN_AWAY = (
     "There were {a} {things}, and {b} are gone. How many are left?",
 )
 _SORTING = (
-    "(Sort|Order|Arrange|Please sort|Can you sort) (these words|the words|) (alphabetically|in alphabetical order|by the"
-    " alphabet): {words}",
+    "(Sort|Order|Arrange|Please sort|Can you sort) (these words|the words|) (alphabetically|in alphabetical order"
+    "|by the alphabet): {words}",
     "(Sort|Please sort|Alphabetize|Sort these|Sort the words): {words}",
     "(Put|Please put) (these words|) in (alphabetical|ABC) order: {words}",
     "Which order do these words have in the alphabet: {words}?",
@@ -70,7 +70,8 @@ def _pair(rng: random.Random, held_out: bool, digits: int) -> tuple[int, int]:
 
 def add_working(a: int, b: int) -> str:
     """`47+38: 7+8=15, write 5 carry 1; 4+3+1=8, write 8; 85`: columns from the right, then the result."""
-    steps, carry, x, y = [], 0, a, b
+    steps: list[str] = []
+    carry, x, y = 0, a, b
     while x or y or carry or not steps:
         total = x % 10 + y % 10 + carry
         shown = f"{x % 10}+{y % 10}" + ("+1" if carry else "")
@@ -84,7 +85,8 @@ def subtract_working(a: int, b: int) -> str:
     """`52-37: 12-7=5, write 5 borrow 1; 5-1-3=1, write 1; 15`. A negative result is worked the other way round."""
     if a < b:
         return f"{a}-{b}: {a} is less than {b}, so minus; {subtract_working(b, a)}; -{b - a}"
-    steps, borrow, x, y = [], 0, a, b
+    steps: list[str] = []
+    borrow, x, y = 0, a, b
     while x or y or not steps:
         top, taken = x % 10, y % 10
         borrows = top - borrow < taken

@@ -16,14 +16,15 @@ from glm_mlx.small.words import (
     PLACES,
     capital,
     first_name,
+    listed,
     say,
     with_article,
 )
 
-_ADJECTIVES = "little small young old clever shy brave kind quiet cheerful sleepy curious hungry friendly".split()
-_FEELINGS = "happy proud glad tired sleepy calm merry surprised thankful cheerful".split()
-_WEATHERS = "sunny rainy windy cold warm foggy snowy cloudy stormy".split()
-_ACTIONS = "danced sang played ran swam laughed walked talked ate painted climbed rested".split()
+_ADJECTIVES = listed("little small young old clever shy brave kind quiet cheerful sleepy curious hungry friendly")
+_FEELINGS = listed("happy proud glad tired sleepy calm merry surprised thankful cheerful")
+_WEATHERS = listed("sunny rainy windy cold warm foggy snowy cloudy stormy")
+_ACTIONS = listed("danced sang played ran swam laughed walked talked ate painted climbed rested")
 _TIMES = "morning|day|evening|afternoon|night"
 _DEEDS = (("found", "find"), ("saw", "see"), ("lost", "lose"), ("bought", "buy"), ("made", "make"), ("hid", "hide"))
 _GIFTS = (("gave", "give"), ("brought", "bring"), ("showed", "show"), ("sold", "sell"))
@@ -33,7 +34,7 @@ _NOT_TOLD = "The story does not say."
 
 @dataclass(frozen=True)
 class Question:
-    """`sentence` is the one of the story that holds the answer; of the words in `rivals` the answer has `word` alone."""
+    """`sentence` is the one of the story that holds the answer, which has `word` and none of `rivals`."""
 
     text: str
     sentence: str
@@ -131,9 +132,10 @@ class _Teller:
     def _intro(self) -> None:
         adjective, name, animal = self.rng.choice(_ADJECTIVES), self.name, self.animal
         sentence = self._tell(
-            f"(Once there was {with_article(adjective)} {animal} named {name}.|There was once {with_article(animal)} called"
-            f" {name}.|{name} was {with_article(adjective)} {animal}.|Once upon a time, {with_article(animal)} called {name}"
-            f" had a good idea.|This is the story of {name}, {with_article(adjective)} {animal}.)"
+            f"(Once there was {with_article(adjective)} {animal} named {name}."
+            f"|There was once {with_article(animal)} called {name}.|{name} was {with_article(adjective)} {animal}."
+            f"|Once upon a time, {with_article(animal)} called {name} had a good idea."
+            f"|This is the story of {name}, {with_article(adjective)} {animal}.)"
         )
         kind = f"(What (kind of |)animal (was|is) {name}?|What was {name}?|Which animal is {name}?)"
         self._question(sentence, kind, with_article(animal), f"{name} was {with_article(animal)}", animal, ANIMALS)
@@ -159,8 +161,9 @@ class _Teller:
         did, do = self.rng.choice(_DEEDS)
         name, where, things, noun = self.name, PLACES[self.place], self._things(), self._noun
         sentence = self._tell(
-            f"(One ({_TIMES}), {name} {did} {things} {where}.|{name} {did} {things} {where}.|{capital(where)}, {name} {did}"
-            f" {things}.|Then {name} {did} {things} {where}.|One day {name} {did} {things} {where}.)"
+            f"(One ({_TIMES}), {name} {did} {things} {where}.|{name} {did} {things} {where}."
+            f"|{capital(where)}, {name} {did} {things}.|Then {name} {did} {things} {where}."
+            f"|One day {name} {did} {things} {where}.)"
         )
         them = "it" if self.number == 1 else "them"
         nouns = [form for thing in OBJECTS for form in (thing, thing + "s") if thing != self.thing]
@@ -196,7 +199,7 @@ class _Teller:
         self._do = do
 
     def _friend(self) -> None:
-        """A second character, half of the time with a thing of its own, so that a question must look at the right one."""
+        """A second character, half of the time with a thing of its own: a question must look at the right one."""
         friend, animal, name = self.friend, self.other_animal, self.name
         self.has_friend = True
         own = f"{NUMBER_WORDS[self.other_number]} {self.other_colour} {self.other_thing}s"
@@ -204,7 +207,8 @@ class _Teller:
             own = f"{with_article(self.other_colour)} {self.other_thing}"
         if self.rng.random() < 0.5:
             sentence = self._tell(
-                f"({friend} the {animal} came by.|Soon {friend} the {animal} came along.|{name} met {friend} the {animal}.)"
+                f"({friend} the {animal} came by.|Soon {friend} the {animal} came along."
+                f"|{name} met {friend} the {animal}.)"
             )
         else:
             sentence = self._tell(
@@ -250,7 +254,8 @@ class _Teller:
     def _action(self) -> None:
         action = self.rng.choice(_ACTIONS)
         sentence = self._tell(
-            f"(They {action} together.|{self.name} and {self.friend} {action} until it was dark.|They {action} all day.)"
+            f"(They {action} together.|{self.name} and {self.friend} {action} until it was dark."
+            f"|They {action} all day.)"
         )
         pattern = "(What did they do together?|What did they do?|What did the two friends do?)"
         self._question(sentence, pattern, f"They {action}", f"They {action}", action, _ACTIONS)
@@ -259,12 +264,12 @@ class _Teller:
         feeling = self.rng.choice(_FEELINGS)
         who = self.friend if self.has_friend and self.rng.random() < 0.3 else self.name
         sentence = self._tell(
-            f"({who} was {feeling}.|In the end {who} was very {feeling}.|{who} felt {feeling} and went home.|At last {who}"
-            f" was {feeling} and fell asleep.)"
+            f"({who} was {feeling}.|In the end {who} was very {feeling}.|{who} felt {feeling} and went home."
+            f"|At last {who} was {feeling} and fell asleep.)"
         )
         pattern = f"(How did {who} feel|How was {who}) (in the end|at the end|)?"
         feelings = f"{who} was {feeling}"
-        self._question(sentence, " ".join(pattern.split()), feelings, feelings, feeling, _FEELINGS)
+        self._question(sentence, pattern, feelings, feelings, feeling, _FEELINGS)
 
 
 def _two(rng: random.Random, words: list[str], first: str | None) -> tuple[str, str]:
@@ -298,9 +303,9 @@ def story_request(rng: random.Random, style: Style) -> tuple[Turn, Story]:
     topic = f" about {' and '.join(phrases)}" if phrases else ""
     request = say(
         rng,
-        f"(Tell me a( short|) story{topic}(.|, please.|)|Please tell (me |)a story{topic}.|Can you tell (me |us |)a story"
-        f"{topic}?|(Write|Make up|I want|I'd like) a( short|) story{topic}.|A story{topic}(.|, please.)"
-        f"|Do you know a story{topic}?)",
+        f"(Tell me a( short|) story{topic}(.|, please.|)|Please tell (me |)a story{topic}."
+        f"|Can you tell (me |us |)a story{topic}?|(Write|Make up|I want|I'd like) a( short|) story{topic}."
+        f"|A story{topic}(.|, please.)|Do you know a story{topic}?)",
     )
     story = make_story(rng, style.held_out, about)
     return turn(style, request, f"A story: {story.plan}.", story.text), story

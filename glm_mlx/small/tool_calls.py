@@ -21,6 +21,7 @@ from glm_mlx.small.words import (
     first_name,
     invented,
     joined,
+    listed,
     say,
     stem_from,
     with_article,
@@ -37,13 +38,14 @@ class Role:
     kind: str  # JSON schema's type
     phrase: str  # with {} for the value; two, separated by a bar, for true and false
     value: Callable[[random.Random, bool], Value]
+    options: tuple[str, ...] = ()  # the schema's "enum", where there is one
 
 
 @dataclass(frozen=True)
 class Parameter:
     name: str
     role: Role
-    described: bool
+    description: str
     required: bool
 
 
@@ -59,8 +61,12 @@ class Tool:
         """OpenAI's form."""
         properties = {}
         for parameter in self.parameters:
-            described = {"description": parameter.role.description} if parameter.described else {}
-            properties[parameter.name] = {"type": parameter.role.kind, **described}
+            schema: dict[str, Any] = {"type": parameter.role.kind}
+            if parameter.description:
+                schema["description"] = parameter.description
+            if parameter.role.options:
+                schema["enum"] = list(parameter.role.options)
+            properties[parameter.name] = schema
         required = [parameter.name for parameter in self.parameters if parameter.required]
         function = {
             "name": self.name,
@@ -122,26 +128,29 @@ def _flag(rng: random.Random, _: bool) -> bool:
     return rng.random() < 0.5
 
 
+# Verbs that ask for something, so that "What is the weather in Paris?" asks for it too.
+_GETTERS = {"get", "find", "fetch", "check", "show", "read", "search", "track", "list", "report"}
+
 _ROLES = (
-    Role("The place.", "string", "in {}", _place),
-    Role("The person.", "string", "for {}", first_name),
-    Role("The date.", "string", "on {}", _date),
-    Role("The time.", "string", "at {}", _clock),
-    Role("The topic.", "string", "about {}", _words),
-    Role("The text.", "string", "saying {}", _words),
-    Role("The code.", "string", "with code {}", _code),
-    Role("The place to start from.", "string", "from {}", _place),
-    Role("The place to go to.", "string", "to {}", _place),
-    Role("How many times.", "integer", "{} times", _integer),
-    Role("How many days.", "integer", "for {} days", _small_integer),
-    Role("How many people.", "integer", "for {} people", _small_integer),
-    Role("The level.", "integer", "at level {}", _integer),
-    Role("The highest price.", "number", "under {} coins", _number),
-    Role("The weight in kilograms.", "number", "weighing {} kilograms", _number),
-    Role("The length in meters.", "number", "of {} meters", _number),
-    Role("Whether it is urgent.", "boolean", "urgently|without hurry", _flag),
-    Role("Whether it is secret.", "boolean", "in secret|in public", _flag),
-    Role("Whether to do it again.", "boolean", "again and again|only once", _flag),
+    Role("The place", "string", "in {}", _place),
+    Role("The person", "string", "for {}", first_name),
+    Role("The date", "string", "on {}", _date),
+    Role("The time", "string", "at {}", _clock),
+    Role("The topic", "string", "about {}", _words),
+    Role("The text", "string", "saying {}", _words),
+    Role("The code", "string", "with code {}", _code),
+    Role("The place to start from", "string", "from {}", _place),
+    Role("The place to go to", "string", "to {}", _place),
+    Role("How many times", "integer", "{} times", _integer),
+    Role("How many days", "integer", "for {} days", _small_integer),
+    Role("How many people", "integer", "for {} people", _small_integer),
+    Role("The level", "integer", "at level {}", _integer),
+    Role("The highest price", "number", "under {} coins", _number),
+    Role("The weight in kilograms", "number", "weighing {} kilograms", _number),
+    Role("The length in meters", "number", "of {} meters", _number),
+    Role("Whether it is urgent", "boolean", "urgently|without hurry", _flag),
+    Role("Whether it is secret", "boolean", "in secret|in public", _flag),
+    Role("Whether to do it again", "boolean", "again and again|only once", _flag),
 )
 
 
@@ -150,10 +159,18 @@ def _stem(rng: random.Random, words: list[str], held_out: bool) -> str:
     return stem_from(rng, words, held_out) if rng.random() < 0.6 else invented(rng, held_out)
 
 
+def _choice_role(rng: random.Random, held_out: bool) -> Role:
+    """A parameter with two or three values to choose from."""
+    options = tuple({_word(rng, held_out): None for _ in range(rng.choice((2, 3)))})
+    return Role("The kind", "string", "as {}", lambda rng, _: rng.choice(options), options)
+
+
 def _parameters(rng: random.Random, held_out: bool, count: int) -> tuple[Parameter, ...]:
     described = rng.random() < 0.75
     # In one request "for" may mean a person, days or people, told apart by the value; no role occurs twice.
     roles = rng.sample(_ROLES, count)
+    if roles and rng.random() < 0.1:
+        roles[0] = _choice_role(rng, held_out)
     made: dict[str, Parameter] = {}
     for role in roles:
         name = ""
@@ -161,7 +178,8 @@ def _parameters(rng: random.Random, held_out: bool, count: int) -> tuple[Paramet
             name = _stem(rng, PARAMETERS, held_out)
             if rng.random() < 0.25:
                 name += "_" + _stem(rng, PARAMETERS, held_out)
-        made[name] = Parameter(name, role, described, required=rng.random() < 0.7)
+        description = say(rng, f"({role.description}.|{role.description}|{role.description}.)") if described else ""
+        made[name] = Parameter(name, role, description, required=rng.random() < 0.7)
     return tuple(made.values())
 
 
@@ -180,15 +198,18 @@ def _tool(rng: random.Random, held_out: bool, count: int) -> Tool:
         name = _stem(rng, NOUNS, held_out) + "_" + invented(rng, held_out)
     article = rng.choice(("the", "the", "a"))
     task = f"{verb} {with_article(noun_words) if article == 'a' else 'the ' + noun_words}"
-    return Tool(name, capital(task) + ".", task, noun_words, _parameters(rng, held_out, count))
+    description = capital(
+        say(rng, f"({task}.|{task}.|{task}|use this to {task}.|{task} for the user.|a tool to {task}.)")
+    )
+    return Tool(name, description, task, noun_words, _parameters(rng, held_out, count))
 
 
 def make_tools(rng: random.Random, held_out: bool) -> list[Tool]:
-    """One to four tools with no noun in common, at most eight parameters in all."""
+    """One to four tools with no noun in common, at most six parameters in all."""
     tools: list[Tool] = []
     words: set[str] = set()
-    room = 8
-    for _ in range(rng.choices((1, 2, 3, 4), (30, 35, 22, 13))[0]):
+    room = 6
+    for _ in range(rng.choices((1, 2, 3, 4), (38, 34, 18, 10))[0]):
         count = min(room, rng.choices((0, 1, 2, 3, 4), (4, 33, 35, 20, 8))[0])
         tool = _tool(rng, held_out, count)
         if words.isdisjoint(tool.noun.split()) and tool.name not in [other.name for other in tools]:
@@ -212,8 +233,11 @@ def make_call(rng: random.Random, held_out: bool, tool: Tool) -> Call:
     if rng.random() < 0.2:
         rng.shuffle(given)
     # Without descriptions only the names say which value is whose.
-    by_role = all(parameter.described for parameter in given) and rng.random() < 0.45
+    by_role = all(parameter.description for parameter in given) and rng.random() < 0.45
     details = _by_role(given, arguments) if by_role else _by_name(rng, given, arguments)
+    verb, _, thing = tool.task.partition(" ")
+    if verb in _GETTERS and rng.random() < 0.4:
+        return Call(tool, arguments, say(rng, f"(what is|tell me|give me|I want to know|show me) {thing}") + details)
     return Call(tool, arguments, tool.task + details)
 
 
@@ -260,14 +284,16 @@ def _request(rng: random.Random, calls: list[Call]) -> str:
     first, *others = (call.request for call in calls)
     opening = say(
         rng,
-        "(|||Please |Can you |Could you |I want you to |I need to |Hi, please |Would you |Now |You should |Help me |Let's )",
+        "(|||Please |Can you |Could you |I want you to |I need to |Hi, please |Would you |Now |You should |Help me )",
     )
+    if not first.startswith(calls[0].tool.task):
+        opening = ""  # a question of its own
     text = capital(opening + first)
     for other in others:
         text += say(rng, "(, and |, then |, and then |. Also, |. Then )") + other
-    if opening.startswith(("Can", "Could", "Would")):
+    if opening.startswith(("Can", "Could", "Would")) or text.startswith("What"):
         return text + "?"
-    return text + say(rng, "(.|.|.|| now.|. Thanks.|, please.)") if not opening or others else text + "."
+    return text + say(rng, "(.|.|.|| now.|. Thanks.|, please.)")
 
 
 def _tool_calls(calls: list[Call]) -> list[dict[str, Any]]:
@@ -283,9 +309,9 @@ def _plan(calls: list[Call]) -> str:
     return "; ".join(steps) + "."
 
 
-_RESULT_KEYS = """result total price status temperature distance count name place answer number amount time code level
-size weight color state speed id""".split()
-_STATUS = "done open closed ready late sold new full empty busy free warm cold lost found waiting".split()
+_RESULT_KEYS = listed("""result total price status temperature distance count name place answer number amount time
+code level size weight color state speed id""")
+_STATUS = listed("done open closed ready late sold new full empty busy free warm cold lost found waiting")
 _ERRORS = "not found|no connection|access denied|too many requests|the service is closed|unknown code|out of stock"
 
 
@@ -322,7 +348,9 @@ def call_turn(rng: random.Random, style: Style, tools: list[Tool]) -> Turn:
     """A request that one or two calls serve, the calls, their results, and the answer."""
     calls = [make_call(rng, style.held_out, rng.choice(tools))]
     if rng.random() < 0.15:
-        calls.append(make_call(rng, style.held_out, rng.choice(tools)))
+        other = make_call(rng, style.held_out, rng.choice(tools))
+        if other.tool is not calls[0].tool or other.arguments != calls[0].arguments:
+            calls.append(other)
     results = [_result(rng, style, call) for call in calls]
     answer = " ".join(said for _, said in results)
     content = "; ".join(result for result, _ in results)

@@ -79,14 +79,14 @@ class Batch:
     weights: npt.NDArray[np.float32]
 
 
-def make_batch(step: int, recipe: Recipe, vocabulary: dict[str, Any]) -> Batch:
+def make_batch(step: int, recipe: Recipe, vocabulary: dict[str, Any], held_out: bool = False) -> Batch:
     """The batch of a step: conversations side by side in rows, a new row where one does not fit."""
     tokenizer, template = _tokenizer(recipe.vocabulary_size, recipe.seed, vocabulary)
     shape = (recipe.rows, recipe.length)
     tokens = np.full(shape, tokenizer.eos_id, np.int32)
     segments, weights = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
     row = at = segment = 0
-    for conversation in conversations(seed=recipe.seed * 1_000_000_007 + step):
+    for conversation in conversations(recipe.seed * 1_000_000_007 + step, held_out):
         ids, loss = encode(tokenizer, template, conversation)
         if len(ids) > recipe.length:
             continue
@@ -236,7 +236,9 @@ class Trainer:
 
     def restore(self, path: Path) -> None:
         arrays, metadata = mx.load(str(path), return_metadata=True)
-        self.step = int(metadata["step"])
+        assert isinstance(arrays, dict)
+        assert isinstance(metadata, dict)
+        self.step = int(str(metadata["step"]))
         for key, value in arrays.items():
             kind, _, name = key.partition(".")
             if kind == "optimizer":

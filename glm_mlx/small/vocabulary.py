@@ -22,11 +22,10 @@ from glm_mlx.small.corpus import conversations, segments
 from glm_mlx.tokenizer import BYTE_CHARS
 
 # GLM's names, in the order of GLM's ids, as in `glm_mlx.tiny_vocab`.
-CONTROL = "<|endoftext|> [MASK] [gMASK] [sMASK] <sop> <eop> <|system|> <|user|> <|assistant|> <|observation|>".split()
-TAGS = (
-    "<think> </think> <tool_call> </tool_call> <tool_response> </tool_response>"
-    " <arg_key> </arg_key> <arg_value> </arg_value>"
-).split()
+CONTROL = ["<|endoftext|>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>"]
+CONTROL += ["<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"]
+TAGS = ["<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"]
+TAGS += ["<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"]
 
 _CONVERSATIONS = 12_000  # about 8 MB of text
 _SPACED_SHARE = 0.35  # of the merges, those that join a space and a common word
@@ -44,10 +43,7 @@ def train_vocabulary(seed: int, size: int = 2048) -> dict[str, Any]:
                 pieces.update(_PIECE.findall(text))
                 spaced.update(re.findall(r"(?<= )[^\W\d_]+", text))
     count = size - len(BYTE_CHARS) - len(CONTROL) - len(TAGS)
-    merges = _learn(pieces, count - int(count * _SPACED_SHARE))
-    known = {left + right for left, right in merges} | set(BYTE_CHARS)
-    common = sorted((word for word in spaced if word in known), key=lambda word: (-spaced[word], word))
-    merges += [(_SPACE, word) for word in common if _SPACE + word not in known][: count - len(merges)]
+    merges = _with_spaces(_learn(pieces, count), spaced, count)
     plain = [*BYTE_CHARS, *(left + right for left, right in merges)]
     tokens = plain + CONTROL + TAGS
     return {
@@ -64,6 +60,16 @@ def train_vocabulary(seed: int, size: int = 2048) -> dict[str, Any]:
         "tokenizer.ggml.add_bos_token": False,
         "tokenizer.chat_template": GLM_TEMPLATE,
     }
+
+
+def _with_spaces(merges: list[tuple[str, str]], words: Counter[str], count: int) -> list[tuple[str, str]]:
+    """`count` merges: the first of those given, then a space with each of the commonest words that these make."""
+    for kept in range(count - int(count * _SPACED_SHARE), count + 1):
+        known = {left + right for left, right in merges[:kept]} | set(BYTE_CHARS)
+        common = sorted(known & words.keys(), key=lambda word: (-words[word], word))
+        if kept + len(common) >= count:
+            break
+    return merges[:kept] + [(_SPACE, word) for word in common[: count - kept]]
 
 
 def _learn(pieces: Counter[str], count: int) -> list[tuple[str, str]]:

@@ -8,14 +8,19 @@ import re
 import zlib
 from collections.abc import Sequence
 
-ANIMALS = """fox owl bear mouse rabbit cat dog hen duck goat sheep horse frog toad crow swan wolf deer mole badger otter
-beaver hedgehog squirrel snail turtle crab seal whale pony donkey goose sparrow robin bee ant beetle spider lizard
-camel tiger lion panda zebra parrot""".split()
-COLOURS = "red blue green yellow white black brown pink purple orange grey golden silver".split()
+
+def listed(words: str) -> list[str]:
+    return words.split()
+
+
+ANIMALS = listed("""fox owl bear mouse rabbit cat dog hen duck goat sheep horse frog toad crow swan wolf deer mole
+badger otter beaver hedgehog squirrel snail turtle crab seal whale pony donkey goose sparrow robin bee ant beetle
+spider lizard camel tiger lion panda zebra parrot""")
+COLOURS = listed("red blue green yellow white black brown pink purple orange grey golden silver")
 # Regular plurals only, so that "three cups" needs no table.
-OBJECTS = """cup hat ball button stone shell apple pear lamp kite drum bell book key ring coin basket ribbon feather
-candle spoon plate carrot lemon boot mitten map bottle blanket flower acorn pebble whistle rope bucket marble pillow
-scarf-pin cookie pumpkin turnip lantern flag jar stick brush bead cap pencil""".replace("scarf-pin", "pin").split()
+OBJECTS = listed("""cup hat ball button stone shell apple pear lamp kite drum bell book key ring coin basket ribbon
+feather candle spoon plate carrot lemon boot mitten map bottle blanket flower acorn pebble whistle rope bucket marble
+pillow pin cookie pumpkin turnip lantern flag jar stick brush bead cap pencil""")
 PLACES = {  # the noun -> where, as a phrase
     "garden": "in the garden",
     "forest": "in the forest",
@@ -46,42 +51,43 @@ PLACES = {  # the noun -> where, as a phrase
     "fence": "next to the fence",
     "oak": "under an old oak",
 }
-FIRST_NAMES = """Mira Tom Anna Leo Nora Ben Ida Max Lily Sam Rosa Finn Ella Otto Maya Jack Zoe Hugo Clara Emil Ruby Paul
-Mona Felix Lena Oscar Alma Karl Tilda Noah Vera Simon Greta Adam Olga Peter Julia Martin Sara David""".split()
-NUMBER_WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()
+FIRST_NAMES = listed("""Mira Tom Anna Leo Nora Ben Ida Max Lily Sam Rosa Finn Ella Otto Maya Jack Zoe Hugo Clara Emil
+Ruby Paul Mona Felix Lena Oscar Alma Karl Tilda Noah Vera Simon Greta Adam Olga Peter Julia Martin Sara David""")
+NUMBER_WORDS = listed("zero one two three four five six seven eight nine ten eleven twelve")
 
-VERBS = """get find set show add send book open close start stop check list make read write plan count move track order
-rent fetch update cancel call change create delete search save load print share sort store test turn watch weigh paint
-measure pack join invite hire fill draw copy clean build buy sell bring ask answer pay park play post pull push record
-remove repair report reserve ring send ship sign sing split switch trade train translate visit wash convert compare
-approve assign archive attach collect compute deliver describe detect lock unlock mix order publish rate scan""".split()
-NOUNS = """weather ticket table room lamp train order parcel song letter note alarm meeting taxi flight hotel garden
-recipe price stock score game map route road bridge ship boat car bike bus truck wagon engine wheel tire door window
-roof wall floor carpet chair desk shelf book page poem story report form file folder photo picture video camera phone
-message mail stamp card coin bank loan bill tax wage salary job task project team club member guest party concert
-theater movie museum painting statue park forest tree flower seed crop field farm barn cow sheep horse dog cat bird
-fish river lake ocean wave tide storm rain snow wind cloud sun moon star planet rocket satellite signal radio channel
-sensor switch light heater oven fridge kettle cup plate spoon knife bowl soup bread cheese butter egg milk juice tea
-coffee sugar salt pepper fruit apple pear plum cherry grape lemon melon potato tomato carrot onion bean rice wheat corn
-bottle box bag basket crate barrel pipe pump valve tank filter wire cable battery motor printer screen keyboard mouse
-server backup password account profile badge key lock safe vault gate fence tower castle village town city island
-harbor beach hill mountain valley cave mine stone gold silver iron copper wood paper glass cloth shirt coat hat shoe
-boot glove scarf ring watch clock calendar holiday lesson course school pupil teacher exam grade library doctor nurse
-clinic pill diet sleep walk run swim match medal trophy ball net goal court track ladder hammer nail screw drill saw
-brush bucket broom towel soap mirror candle lantern torch match tent camp trail compass anchor sail rope knot flag drum
-flute piano violin guitar choir dance stage ticket""".split()
-PARAMETERS = """city town place location region person name user customer owner guest sender count number amount limit
-size quantity days hours minutes date day time hour price cost weight length height width depth speed level volume
-temperature code id label title topic subject text message color style format language unit mode status type kind
-category priority urgent express silent public private active enabled repeat remind visible page row column index
-target source reason comment address street country floor room seat group team brand model version start end""".split()
+VERBS = listed("""get find set show add send book open close start stop check list make read write plan count move
+track order rent fetch update cancel call change create delete search save load print share sort store test turn watch
+weigh paint measure pack join invite hire fill draw copy clean build buy sell bring ask answer pay park play post pull
+push record remove repair report reserve ring send ship sign sing split switch trade train translate visit wash
+convert compare approve assign archive attach collect compute deliver describe detect lock unlock mix order publish
+rate scan""")
+NOUNS = listed("""weather ticket table room lamp train order parcel song letter note alarm meeting taxi flight hotel
+garden recipe price stock score game map route road bridge ship boat car bike bus truck wagon engine wheel tire door
+window roof wall floor carpet chair desk shelf book page poem story report form file folder photo picture video camera
+phone message mail stamp card coin bank loan bill tax wage salary job task project team club member guest party
+concert theater movie museum painting statue park forest tree flower seed crop field farm barn cow sheep horse dog cat
+bird fish river lake ocean wave tide storm rain snow wind cloud sun moon star planet rocket satellite signal radio
+channel sensor switch light heater oven fridge kettle cup plate spoon knife bowl soup bread cheese butter egg milk
+juice tea coffee sugar salt pepper fruit apple pear plum cherry grape lemon melon potato tomato carrot onion bean rice
+wheat corn bottle box bag basket crate barrel pipe pump valve tank filter wire cable battery motor printer screen
+keyboard mouse server backup password account profile badge key lock safe vault gate fence tower castle village town
+city island harbor beach hill mountain valley cave mine stone gold silver iron copper wood paper glass cloth shirt
+coat hat shoe boot glove scarf ring watch clock calendar holiday lesson course school pupil teacher exam grade library
+doctor nurse clinic pill diet sleep walk run swim match medal trophy ball net goal court track ladder hammer nail
+screw drill saw brush bucket broom towel soap mirror candle lantern torch match tent camp trail compass anchor sail
+rope knot flag drum flute piano violin guitar choir dance stage ticket""")
+PARAMETERS = listed("""city town place location region person name user customer owner guest sender count number
+amount limit size quantity days hours minutes date day time hour price cost weight length height width depth speed
+level volume temperature code id label title topic subject text message color style format language unit mode status
+type kind category priority urgent express silent public private active enabled repeat remind visible page row column
+index target source reason comment address street country floor room seat group team brand model version start end""")
 
-_ONSETS = "b c d f g h j k l m n p r s t v w z br dr fl gr kr pl st tr th sh".split()
-_VOWELS = "a e i o u a e i o ai ea oo".split()
-_CODAS = ["", "", "", "", *"l n r s m t k nd rt ck".split()]
+_ONSETS = listed("b c d f g h j k l m n p r s t v w z br dr fl gr kr pl st tr th sh")
+_VOWELS = listed("a e i o u a e i o ai ea oo")
+_CODAS = ["", "", "", "", *listed("l n r s m t k nd rt ck")]
 
-# With this salt the words of everyday tools (get, find, set, weather, city, date, count) are in training.
-_SALT = "glm-3:"
+# With this salt the words of everyday tools (get, find, set, weather, city, date, count, unit …) are in training.
+_SALT = "glm-13:"
 _CHOICE = re.compile(r"\(([^()]*)\)")
 
 
@@ -115,7 +121,7 @@ def say(rng: random.Random, pattern: str) -> str:
     """The pattern with one alternative chosen in every `(a|b|)`, the innermost first."""
     while "(" in pattern:
         pattern = _CHOICE.sub(lambda found: rng.choice(found[1].split("|")), pattern)
-    return pattern
+    return pattern.replace(" ?", "?")
 
 
 def with_article(noun: str) -> str:
