@@ -4,8 +4,8 @@ Names on our side are the checkpoint's (transformers `Glm4MoeLite`): `layers.3.s
 header says is checked against the configuration before the first byte of data is read.
 """
 
-import re
 import os
+import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -235,7 +235,8 @@ def _contiguous(weight: Weight) -> Weight:
         None if p is None else mx.contiguous(p) for p in (weight.quants, weight.scales, weight.mins, weight.sub_scales)
     )
     quants, scales, mins, sub_scales = arrays
-    assert quants is not None and scales is not None
+    assert quants is not None
+    assert scales is not None
     return QuantizedTensor(weight.type, weight.shape, quants, scales, mins, sub_scales)
 
 

@@ -88,8 +88,8 @@ class File:
                 keys.append((name, whole[8 + len(name.encode()) :]))
         tensors = []
         for entry in (tensor.field for tensor in reader.tensors):
-            _, name, _, dims, kind, offset = entry.parts
-            tensors.append(Tensor(name.tobytes().decode(), dims.tolist(), int(kind[0]), int(offset[0])))
+            _, letters, _, dims, kind, offset = entry.parts
+            tensors.append(Tensor(letters.tobytes().decode(), dims.tolist(), int(kind[0]), int(offset[0])))
         return cls(keys, tensors, path.read_bytes()[reader.data_offset :])
 
     def header(self) -> bytes:
@@ -185,7 +185,7 @@ def small_vocabulary() -> dict[str, Any]:
     return full | lists | ids
 
 
-SMALL = {
+SMALL: dict[str, Any] = {
     "layers": 2,
     "hidden_size": 32,
     "num_heads": 2,

@@ -70,10 +70,9 @@ _SYSTEM_BRIEF = (
 
 # The lines around the schemas, as `glm_chat_template.jinja` writes them.
 _TOOLS_BEFORE = "\n# Tools\n\nThese functions can be called, one JSON object a line:\n<tools>\n"
-_TOOLS_AFTER = (
-    "</tools>\n\nTo call a function, write:\n"
-    "<tool_call>name<arg_key>key</arg_key><arg_value>value</arg_value></tool_call>"
-)
+_TOOLS_AFTER = "</tools>\n\nTo call a function, write:\n"
+_CALL_SHAPE = ["<tool_call>", "name", "<arg_key>", "key", "</arg_key>", "<arg_value>", "value", "</arg_value>"]
+_CALL_SHAPE += ["</tool_call>"]
 
 # The weight of a token in the loss: what the assistant writes, and what it reads.
 WRITTEN, READ = 1.0, 0.1
@@ -179,6 +178,8 @@ def segments(conversation: Conversation) -> Iterator[tuple[str, bool, float]]:
         lines = "".join(json.dumps(tool["function"], ensure_ascii=False) + "\n" for tool in conversation.tools)
         yield "<|system|>", True, READ
         yield _TOOLS_BEFORE + lines + _TOOLS_AFTER, False, READ
+        for part in _CALL_SHAPE:
+            yield part, part.startswith("<"), READ
     before = ""
     for index, message in enumerate(messages):
         role = message["role"]

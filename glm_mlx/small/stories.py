@@ -98,7 +98,7 @@ class _Teller:
             self._friend()
             if rng.random() < 0.65:
                 self._gift()
-            if rng.random() < 0.5:
+            if len(told.sentences) < 6 and rng.random() < 0.5:
                 self._action()
         if len(told.sentences) < 6 and (len(told.sentences) < 3 or rng.random() < 0.6):
             self._end()

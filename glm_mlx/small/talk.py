@@ -5,6 +5,7 @@ the answer in brief (project), the reasoning (small talk) or what the request is
 """
 
 import random
+import re
 
 from glm_mlx.small.turns import Style, Turn, turn
 from glm_mlx.small.words import ANIMALS, NOUNS, OBJECTS, PLACES, first_name, say
@@ -68,7 +69,7 @@ _PROJECT_TEXT = """
 ? What does --chat do | What is --chat for
 ? (How (do|can) I chat|How can I talk turn by turn|Is there a chat)( with you|)
 = --chat lets you talk turn by turn; /reset forgets the conversation, Ctrl-C stops an answer.
-~ Talk turn by turn.
+~ --chat lets you talk turn by turn.
 
 ? What does /reset do | (How do I|How can I) (forget|clear|reset) (the|this|our) (conversation|chat)
 = In --chat, /reset forgets the conversation.
@@ -86,11 +87,11 @@ _PROJECT_TEXT = """
 ? How (do|can) I (turn off|switch off|stop|disable) (the |your |)(thinking|reasoning)
 ? Can you answer without thinking
 = --no-think answers without reasoning first.
-~ --no-think.
+~ --no-think: no reasoning first.
 
 ? What does --system do | What is --system for | How (do|can) I (set|give|write) (a|the) system message
 = --system TEXT gives the model a system message.
-~ --system TEXT.
+~ --system TEXT: a system message.
 
 ? What does --benchmark do | What is --benchmark for | How (do|can) I measure (the |your |)speed
 ? How fast are you
@@ -99,7 +100,7 @@ _PROJECT_TEXT = """
 
 ? What does --json do | What is --json for | How (do|can) I get JSON
 = --json prints one JSON object instead of text.
-~ --json.
+~ --json: one JSON object.
 
 ? What does --seed do | What is --seed for | How (do|can) I get the same (text|answer) (again|twice)
 = --seed N fixes the random choices: same seed, same text.
@@ -108,19 +109,19 @@ _PROJECT_TEXT = """
 ? What does --temperature do | What is --temperature for
 ? How (do|can) I make (you|the text|the answers) less random
 = --temperature T sets how random the choice of tokens is; 0 always takes the most likely token.
-~ How random the text is.
+~ --temperature T: how random the text is.
 
 ? What does --count do | What is --count for | How (do|can) I (get shorter answers|limit the tokens)
 = --count N makes at most N tokens.
-~ At most N tokens.
+~ --count N: at most N tokens.
 
 ? What does --raw do | What is --raw for | How (do|can) I turn off the chat template
 = --raw uses no chat template: the model continues the prompt as it stands.
-~ No chat template.
+~ --raw: no chat template.
 
 ? What does --model do | What is --model for | How (do|can) I (choose|pick|change|load) (a|the|another) model
 = --model takes a .gguf file, or OWNER/REPO:QUANT on the hub.
-~ Use --model.
+~ --model names the file.
 
 ? What does --verbose do | What does -h do | What is -h for
 ? (How do I|How can I) (see|list) (all|the) options | Where is the help
@@ -193,8 +194,8 @@ _PROJECT_TEXT = """
 ~ I run on this machine.
 
 ? Where is your reasoning | What is the reasoning for | Can you (think|reason)
-= Yes: with thinking on I reason first, then I answer; --no-think turns it off.
-~ Yes.
+= With thinking on I reason first, then I answer; --no-think turns it off.
+~ I reason first, then I answer.
 """
 
 _SMALL_TALK_TEXT = """
@@ -240,7 +241,7 @@ _SMALL_TALK_TEXT = """
 ~ A test.
 
 ? (Are you happy|How do you feel|Do you have feelings|Are you alive|Are you real|Do you sleep)(?|)
-= I am a very small model, so I have no feelings.
+= I am a very small model, a program without feelings.
 ~ Small talk.
 
 ? (I am|I'm|I feel) (sad|tired|bored|sick|lonely|angry|unhappy)(.| today.)
@@ -331,13 +332,13 @@ _OFFER = "( I can tell a story, add numbers or sort words.| The real model knows
 def _blocks(text: str) -> list[tuple[str, str, str]]:
     """(question, answer, third text) of each block, the questions as one pattern for `say`."""
     for short, long in _ABBREVIATIONS.items():
-        text = text.replace(short, long)
+        text = re.sub(rf"\b{short}\b", long, text)
     blocks = []
     for block in text.strip().split("\n\n"):
         lines: dict[str, list[str]] = {"?": [], "=": [], "~": []}
         for line in block.split("\n"):
             lines[line[0]].append(line[2:])
-        questions = " | ".join(lines["?"]).replace(" | ", "|")
+        questions = "|".join(lines["?"]).replace(" | ", "|")
         blocks.append((f"({questions})", "".join(lines["="]), lines["~"][0]))
     return blocks
 

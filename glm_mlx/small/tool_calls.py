@@ -29,6 +29,8 @@ from glm_mlx.small.words import (
 
 Value = str | int | float | bool
 
+_MAX_SCHEMA_CHARS = 950  # with OpenAI's wrapping; keeps a conversation near 400 tokens
+
 
 @dataclass(frozen=True)
 class Role:
@@ -216,6 +218,8 @@ def make_tools(rng: random.Random, held_out: bool) -> list[Tool]:
             tools.append(tool)
             words.update(tool.noun.split())
             room -= count
+    while len(tools) > 1 and len(json.dumps([tool.schema() for tool in tools])) > _MAX_SCHEMA_CHARS:
+        tools.pop()
     return tools
 
 

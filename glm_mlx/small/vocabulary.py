@@ -27,7 +27,7 @@ CONTROL += ["<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"]
 TAGS = ["<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"]
 TAGS += ["<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"]
 
-_CONVERSATIONS = 12_000  # about 8 MB of text
+_CONVERSATIONS = 8_000  # about 4 MB of text
 _SPACED_SHARE = 0.35  # of the merges, those that join a space and a common word
 _PIECE = re.compile(r"'[a-z]+|[^\W\d_]+| ?(?:[^\w\s]|_)+[\r\n]*|\s*[\r\n]+")
 _SPACE = "Ġ"
