@@ -80,7 +80,9 @@ class Engine:
                 "shorten it"
             )
         if not all(0 <= token < cfg.vocab_size for token in prompt):
-            raise InputError(f"the prompt holds a token id outside 0 to {cfg.vocab_size - 1}; encode it with this file's tokenizer")
+            raise InputError(
+                f"the prompt holds a token id outside 0 to {cfg.vocab_size - 1}; encode it with this file's tokenizer"
+            )
         max_tokens = min(max_tokens, cfg.context_length - len(prompt))
         sampler = Sampler(params, cfg.vocab_size, [prompt])
         stats = self.stats = Stats(prompt_tokens=len(prompt))

@@ -57,7 +57,7 @@ class Recipe:
 
     spec: TinySpec = field(default_factory=lambda: SMALL)
     vocabulary_size: int = 2048
-    steps: int = 6000
+    steps: int = 12000
     rows: int = 64  # of a batch
     length: int = 512  # tokens of a row
     learning_rate: float = 3e-3
