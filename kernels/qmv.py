@@ -20,12 +20,9 @@ from kernels.planes import GROUP, QuantizedTensor, Weight, dequantize_ops, group
 
 
 def qmv_ops(x: mx.array, w: Weight) -> mx.array:
-    if isinstance(w, mx.array):
-        if w.dtype == x.dtype:
-            return x @ w.swapaxes(-1, -2)
-        return (x.astype(mx.float32) @ w.astype(mx.float32).swapaxes(-1, -2)).astype(x.dtype)
+    # In float32 also where x and w share a 16-bit type: MLX's CUDA back end sums such products in 16 bits.
     x32 = x.astype(mx.float32)
-    if w.type.name == "IQ4_NL":
+    if isinstance(w, mx.array) or w.type.name == "IQ4_NL":
         return (x32 @ dequantize_ops(w).swapaxes(-1, -2)).astype(x.dtype)
     terms = [
         mx.quantized_matmul(part, w.quants, scales, biases, True, GROUP, w.type.bits)
@@ -54,17 +51,20 @@ def gather_qmv_ops(x: mx.array, w: Weight, experts: mx.array) -> mx.array:
 def _affine_terms(x: mx.array, w: QuantizedTensor) -> list[tuple[mx.array, mx.array, mx.array]]:
     """(x, scales, biases) of MLX affine matmuls with groups of 32 whose sum is exactly x @ w.T.
 
+    All row-contiguous: MLX's CUDA back end has no implementation for anything else.
+
     Q6_K's groups of 16 fit none of MLX's sizes: one matmul sees the first half of every 32 inputs, one the second.
     """
     scales, mins = group_scales(w)
     biases = -w.type.zero * scales if mins is None else mins
     if w.shape[-1] // scales.shape[-1] == GROUP:
-        return [(x, scales, biases)]
+        return [(mx.contiguous(x), scales, biases)]
     halves = mx.unflatten(x, -1, (-1, 2, GROUP // 2))
     terms = []
     for half in range(2):
         keep = mx.arange(2)[:, None] == half
-        terms.append((mx.flatten(mx.where(keep, halves, 0), -3), scales[..., half::2], biases[..., half::2]))
+        part = mx.flatten(mx.where(keep, halves, 0), -3)
+        terms.append((part, mx.contiguous(scales[..., half::2]), mx.contiguous(biases[..., half::2])))
     return terms
 
 
