@@ -2,8 +2,13 @@
 
 qmv_ops(x, w) -> y
     x  (..., L, cols)     float32, bfloat16 or float16
-    w  (..., rows, cols)  a `Weight`; leading dimensions broadcast as in matmul
+    w  (rows, cols)       a `Weight`, or (..., rows, cols) with the leading dimensions of x
     y  (..., L, rows)     dtype of x; summed in float32
+
+head_qmv_ops(x, w) -> y
+    x  (B, H, L, cols)
+    w  (H, rows, cols)    every head its own
+    y  (B, H, L, rows)
 
 gather_qmv_ops(x, w, experts) -> y
     x        (T, K or 1, cols)
@@ -20,7 +25,8 @@ from kernels.planes import GROUP, QuantizedTensor, Weight, dequantize_ops, group
 
 
 def qmv_ops(x: mx.array, w: Weight) -> mx.array:
-    # In float32 also where x and w share a 16-bit type: MLX's CUDA back end sums such products in 16 bits.
+    if isinstance(w, mx.array) and w.dtype == x.dtype:
+        return x @ w.swapaxes(-1, -2)
     x32 = x.astype(mx.float32)
     if isinstance(w, mx.array) or w.type.name == "IQ4_NL":
         return (x32 @ dequantize_ops(w).swapaxes(-1, -2)).astype(x.dtype)
@@ -29,6 +35,13 @@ def qmv_ops(x: mx.array, w: Weight) -> mx.array:
         for part, scales, biases in _affine_terms(x32, w)
     ]
     return _sum(terms).astype(x.dtype)
+
+
+def head_qmv_ops(x: mx.array, w: Weight) -> mx.array:
+    # Without broadcasting w over the batch, for which MLX's CUDA back end has no quantized matmul.
+    batch, heads, length, cols = x.shape
+    y = qmv_ops(x.swapaxes(0, 1).reshape(heads, batch * length, cols), w)
+    return y.reshape(heads, batch, length, -1).swapaxes(0, 1)
 
 
 def gather_qmv_ops(x: mx.array, w: Weight, experts: mx.array) -> mx.array:

@@ -10,7 +10,7 @@ from glm_mlx.make_tiny import random_blocks
 from glm_mlx.packing import CHUNK_BYTES, pack, packed_nbytes
 from glm_mlx.weights import EXPANDED_TYPES
 from kernels.planes import IQ4_NL_VALUES, QUANT_TYPES, QuantizedTensor, Weight, dequantize_ops, unpack_quants
-from kernels.qmv import embed_ops, gather_qmv_ops, qmv_ops
+from kernels.qmv import embed_ops, gather_qmv_ops, head_qmv_ops, qmv_ops
 from parity_tests.budgets import check
 from parity_tests.compare import Array, to_numpy
 
@@ -108,11 +108,11 @@ def test_matmul_agrees_with_float64(kind: str, rows: int) -> None:
 
 
 @pytest.mark.parametrize("kind", EVERY)
-def test_matmul_per_head_broadcasts_over_the_batch(kind: str) -> None:
+def test_matmul_per_head_takes_each_heads_own_matrix(kind: str) -> None:
     w, values = weight(kind, (5, 16, 256))
     x = np.random.default_rng(1).standard_normal((2, 5, 3, 256)).astype(np.float32)
     want = np.einsum("bhlk,hrk->bhlr", x.astype(np.float64), values)
-    check("matmul", np.array(qmv_ops(mx.array(x), w)), want, f"{kind} per head")
+    check("matmul", np.array(head_qmv_ops(mx.array(x), w)), want, f"{kind} per head")
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 13])
