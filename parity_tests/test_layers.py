@@ -1,5 +1,6 @@
 """Each layer on the reference's own input: its error is its own, and the first tap that breaks names the fault."""
 
+import mlx.core as mx
 import numpy as np
 import pytest
 
@@ -37,3 +38,9 @@ def test_full_width_layers_agree_in_the_unsloth_mix(model_file: MakeModel) -> No
     spec = VARIANTS["GLM Unsloth Q4_0"]
     full = TinySpec(**{**vars(GLM_FLASH), "overrides": spec.overrides, "seed": 1})
     assert_taps(list(compare_layers(model_file(full), tokens(8))), "full width, mixed types")
+
+
+@pytest.mark.parametrize("name", ["GLM Q4_0, output Q6_K", "GLM Unsloth Q4_0", "DeepSeek-V2-Lite"])
+def test_16_bit_activations_stay_near_the_reference(name: str, model_file: MakeModel) -> None:
+    """What a GPU computes with: bfloat16 between the ops, float32 inside them."""
+    assert_taps(list(compare_layers(model_file(VARIANTS[name]), tokens(24), dtype=mx.bfloat16)), name)

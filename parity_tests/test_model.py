@@ -65,12 +65,3 @@ def test_a_trimmed_cache_forgets_what_was_cut(model_file: MakeModel) -> None:
     again = to_numpy(model.logits(model.hidden_states(mx.array([ids[10:]]), cache)))[0]
     fresh = to_numpy(model.logits(model.hidden_states(mx.array([ids]), model.new_cache())))[0, 10:]
     check("same path", again, fresh, "after trim")
-
-
-def test_16_bit_activations_stay_near_the_reference(model_file: MakeModel) -> None:
-    """What a GPU computes with, tried on the CPU: bfloat16 activations, float32 inside the ops."""
-    path, ids = model_file(VARIANTS["GLM Q4_0, output Q6_K"]), tokens(12)
-    model = load_whole(path, mx.bfloat16)
-    got = to_numpy(model.logits(model.hidden_states(mx.array([ids]), model.new_cache())))[0]
-    want = Reference(path).forward(ids)["logits"]
-    check("logits, 16-bit", got, want, "bfloat16 activations")
