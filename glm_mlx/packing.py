@@ -5,7 +5,7 @@ Block layouts: llama.cpp `ggml-common.h`; the same in Python in `gguf.quants`.
 
 import math
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import gguf
 import mlx.core as mx
@@ -16,9 +16,9 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from kernels.planes import QUANT_TYPES, QuantizedTensor, Weight
 
 Bytes: TypeAlias = npt.NDArray[np.uint8]
-CHUNK_BYTES = (
-    1 << 16
-)  # of a file: the dozen passes over a chunk stay in the cache, and its temporaries in malloc's arenas
+# Values that are packed at a time: the passes over them stay in a core's cache, and their temporaries, of a byte a
+# value, small enough that malloc does not ask the system for new memory each time, which costs more than the packing.
+CHUNK_VALUES = 96 << 10
 
 
 def pack(
@@ -67,7 +67,7 @@ def _pack_planes(
         row_bytes = len(blocks) * part.shape[1] // math.prod(shape[:-1])
         arrays[name], view = _allocate((*shape[:-1], row_bytes // dtypes[name].size), dtypes[name])
         views.append(view.reshape(len(blocks), part.shape[1]))
-    step = max(1, CHUNK_BYTES // blocks.shape[1])
+    step = CHUNK_VALUES // GGML_QUANT_SIZES[kind][0]
     for start in range(0, len(blocks), step):
         for view, part in zip(views, split(blocks[start : start + step]), strict=True):
             view[start : start + step] = part
@@ -111,21 +111,31 @@ def _repack_nibbles(qs: Bytes) -> Bytes:
 
 def _nibbles(qs: Bytes) -> Bytes:
     """(n, w) bytes -> (n, 2w) values: the low halves, then the high halves."""
-    return np.concatenate([qs & 0x0F, qs >> 4], axis=1)
+    values = np.empty((len(qs), 2, qs.shape[1]), np.uint8)
+    np.bitwise_and(qs, 0x0F, out=values[:, 0])
+    np.right_shift(qs, 4, out=values[:, 1])
+    return values.reshape(len(qs), -1)
 
 
-def _pack_bits(values: npt.NDArray[Any], bits: int) -> Bytes:
-    """(n, 8m) values below 2**bits, 5 or 6 -> (n, m * bits) bytes, one little-endian stream a row."""
+def _add_high_bits(values: Bytes, high: Bytes) -> Bytes:
+    """values | high << 4, in the place of both."""
+    high <<= np.uint8(4)
+    values |= high
+    return values
+
+
+def _pack_bits(values: Bytes, bits: int) -> Bytes:
+    """(n, 8m) values below 2**bits, 5 or 6 -> (n, m * bits) bytes, one little-endian stream a row. Spoils `values`."""
     word = values.view(np.uint64)
+    upper = np.empty_like(word)
     for width in (8, 16, 32):  # join neighbours: 2, then 4, then 8 values stand together
         used = bits * width // 8
         low = np.uint64(sum(((1 << used) - 1) << at for at in range(0, 64, 2 * width)))
-        word = (word & low) | ((word >> np.uint64(width - used)) & (low << np.uint64(used)))
-    return np.ascontiguousarray(word.view(np.uint8).reshape(len(values), -1, 8)[:, :, :bits]).reshape(len(values), -1)
-
-
-def _with_fifth_bit(low: Bytes, high: npt.NDArray[Any]) -> Bytes:
-    return _pack_bits(low | (high << 4), 5)
+        np.right_shift(word, np.uint64(width - used), out=upper)
+        upper &= low << np.uint64(used)
+        word &= low
+        word |= upper
+    return _columns(word.reshape(-1, 1).view(np.uint8), 0, bits).reshape(len(values), -1)
 
 
 def _split_q4_0(blocks: Bytes) -> tuple[Bytes, ...]:  # d 2, qs 16; IQ4_NL too
@@ -138,12 +148,14 @@ def _split_q4_1(blocks: Bytes) -> tuple[Bytes, ...]:  # d 2, m 2, qs 16
 
 def _split_q5_0(blocks: Bytes) -> tuple[Bytes, ...]:  # d 2, qh 4, qs 16
     high = np.unpackbits(_columns(blocks, 2, 6), axis=1, bitorder="little")
-    return _with_fifth_bit(_nibbles(_columns(blocks, 6, 22)), high), _columns(blocks, 0, 2)
+    quants = _pack_bits(_add_high_bits(_nibbles(_columns(blocks, 6, 22)), high), 5)
+    return quants, _columns(blocks, 0, 2)
 
 
 def _split_q5_1(blocks: Bytes) -> tuple[Bytes, ...]:  # d 2, m 2, qh 4, qs 16
     high = np.unpackbits(_columns(blocks, 4, 8), axis=1, bitorder="little")
-    return _with_fifth_bit(_nibbles(_columns(blocks, 8, 24)), high), _columns(blocks, 0, 2), _columns(blocks, 2, 4)
+    quants = _pack_bits(_add_high_bits(_nibbles(_columns(blocks, 8, 24)), high), 5)
+    return quants, _columns(blocks, 0, 2), _columns(blocks, 2, 4)
 
 
 def _split_q8_0(blocks: Bytes) -> tuple[Bytes, ...]:  # d 2, qs 32 signed
@@ -156,16 +168,18 @@ def _split_q4_k(blocks: Bytes) -> tuple[Bytes, ...]:  # d 2, dmin 2, scales 12, 
 
 
 def _split_q5_k(blocks: Bytes) -> tuple[Bytes, ...]:  # d 2, dmin 2, scales 12, qh 32, qs 4 * 32
-    low = _nibbles(_columns(blocks, 48, 176).reshape(-1, 32)).reshape(-1, 8, 32)
-    high = (_columns(blocks, 16, 48)[:, None, :] >> np.arange(8, dtype=np.uint8)[:, None]) & 1
-    quants = _with_fifth_bit(low, high).reshape(len(blocks), -1)
+    values = _nibbles(_columns(blocks, 48, 176).reshape(-1, 32)).reshape(-1, 8, 32)
+    high = _columns(blocks, 16, 48)[:, None, :] >> np.arange(8, dtype=np.uint8)[:, None]
+    high &= np.uint8(1)
+    quants = _pack_bits(_add_high_bits(values, high).reshape(len(blocks), -1), 5)
     return quants, _columns(blocks, 0, 2), _columns(blocks, 2, 4), _columns(blocks, 4, 16)
 
 
 def _split_q6_k(blocks: Bytes) -> tuple[Bytes, ...]:  # ql 2 * 64, qh 2 * 32, scales 16, d 2
-    low = _nibbles(_columns(blocks, 0, 128).reshape(-1, 64)).reshape(-1, 2, 4, 32)
-    high = (_columns(blocks, 128, 192).reshape(-1, 2, 1, 32) >> np.arange(0, 8, 2, dtype=np.uint8)[:, None]) & 3
-    quants = _pack_bits((low | (high << 4)).reshape(len(blocks), -1), 6)
+    values = _nibbles(_columns(blocks, 0, 128).reshape(-1, 64)).reshape(-1, 2, 4, 32)
+    high = _columns(blocks, 128, 192).reshape(-1, 2, 1, 32) >> np.arange(0, 8, 2, dtype=np.uint8)[:, None]
+    high &= np.uint8(3)
+    quants = _pack_bits(_add_high_bits(values, high).reshape(len(blocks), -1), 6)
     return quants, _columns(blocks, 208, 210), _columns(blocks, 192, 208)
 
 

@@ -7,7 +7,7 @@ import pytest
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from glm_mlx.make_tiny import random_blocks
-from glm_mlx.packing import CHUNK_BYTES, pack, packed_nbytes
+from glm_mlx.packing import CHUNK_VALUES, pack, packed_nbytes
 from glm_mlx.weights import EXPANDED_TYPES
 from kernels.planes import IQ4_NL_VALUES, QUANT_TYPES, QuantizedTensor, Weight, dequantize_ops, unpack_quants
 from kernels.qmv import embed_ops, gather_qmv_ops, head_qmv_ops, qmv_ops
@@ -68,8 +68,7 @@ def assert_same_bits(got: Weight, want: Array) -> None:
 @pytest.mark.parametrize("kind", PLANAR)
 def test_packing_in_chunks_joins_at_every_seam(kind: str) -> None:
     """A tensor of more than two chunks, the last one ragged."""
-    block, nbytes = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
-    rows = 2 * CHUNK_BYTES // (nbytes * (1024 // block)) + 3
+    rows = 2 * CHUNK_VALUES // 1024 + 3
     raw = raw_blocks(kind, rows, 1024)
     packed = pack(raw, GGMLQuantizationType[kind], (rows, 1024))
     assert isinstance(packed, QuantizedTensor)
