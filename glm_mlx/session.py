@@ -4,10 +4,7 @@ import argparse
 import itertools
 import json
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -25,9 +22,9 @@ from glm_mlx.engine import Engine, Step
 from glm_mlx.errors import InputError
 from glm_mlx.hub import resolve
 from glm_mlx.load import Loaded, load_model
-from glm_mlx.make_tiny import TinySpec, make_tiny
 from glm_mlx.model import decode_bytes
 from glm_mlx.sampling import SamplingParams
+from glm_mlx.small import SMALL_MODEL
 
 STDERR = Console(stderr=True, highlight=False)
 CHAT_HELP = "/reset forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C stops an answer"
@@ -46,8 +43,7 @@ def run(args: argparse.Namespace) -> int:
     """Raises InputError and KeyboardInterrupt, for `generate.main` to answer."""
     _check(args)
     prompt = None if args.chat else _prompt(args)
-    with _model_path(args) as path:
-        loaded = load_model(path)
+    loaded = load_model(_model_path(args))
     talk = _Talk(loaded, args, _sampling(args, loaded))
     if args.verbose:
         _describe(loaded, talk.params)
@@ -173,18 +169,16 @@ def _prompt(args: argparse.Namespace) -> str:
     return str(text)
 
 
-@contextmanager
-def _model_path(args: argparse.Namespace) -> Iterator[Path]:
+def _model_path(args: argparse.Namespace) -> Path:
     if args.model is not None:
-        yield resolve(args.model)
-        return
-    with tempfile.TemporaryDirectory(prefix="glm-mlx-") as folder:
-        STDERR.print(
-            "no --model: using a tiny model with random weights, so the text will mean nothing. "
-            "The real one: --model OWNER/REPO:Q4_0 or a .gguf file of GLM-4.7-Flash",
-            soft_wrap=True,
-        )
-        yield make_tiny(Path(folder) / "tiny.gguf", TinySpec())
+        return resolve(args.model)
+    STDERR.print(
+        "no --model: this is the very small model that ships with glm-mlx, to show that it works. "
+        "The real one: --model OWNER/REPO:Q4_0 from the hub, or a .gguf file of GLM-4.7-Flash",
+        style="dim",
+        soft_wrap=True,
+    )
+    return SMALL_MODEL
 
 
 def _sampling(args: argparse.Namespace, loaded: Loaded | None) -> SamplingParams:
