@@ -95,22 +95,23 @@ class Engine:
 
         last = time.perf_counter()
         sample = sampler(logits)
-        mx.async_eval(sample.arrays())
+        mx.eval(sample.arrays())  # before the look-ahead, which on a CPU would delay it by a whole step
+        now = time.perf_counter()
+        stats.time_to_first_token, seconds = now - start, now - last
         for n in range(max_tokens):
             ahead = sampler(self._forward(sample.token)) if n + 1 < max_tokens else None
             if ahead is not None:
                 mx.async_eval(ahead.arrays())  # the device goes on while the host looks at this token
             token = int(sample.token)
-            now = time.perf_counter()
-            if n == 0:
-                stats.time_to_first_token = now - start
-            else:
-                stats.decode_seconds += now - last
+            if n > 0:
+                now = time.perf_counter()
+                seconds = now - last
+                stats.decode_seconds += seconds
             stats.decode_tokens = n + 1
             stats.peak_memory = mx.get_peak_memory()
             if ahead is not None:
                 self.tokens.append(token)
-            yield Step(token, now - last, len(prompt) + n, *_logprobs(sample))
+            yield Step(token, seconds, len(prompt) + n, *_logprobs(sample))
             last = now
             if ahead is None or token in stop_ids:
                 return
@@ -120,8 +121,8 @@ class Engine:
         """Bring the cache to `prompt` and return the logits of its last token, (1, vocabulary)."""
         # The last token is always computed: its logits are wanted.
         known = _common_prefix(self.tokens, prompt[:-1])
+        self.tokens = list(prompt[:known])  # first: Ctrl-C may come between, and rows without a token do no harm
         self.cache.trim(known)
-        self.tokens = list(prompt[:known])
         self.stats.cached_tokens = known
         for begin in range(known, len(prompt), self.chunk):
             part = prompt[begin : begin + self.chunk]

@@ -5,6 +5,7 @@ an early Ctrl-C are answered at once.
 """
 
 import argparse
+import io
 import os
 import sys
 from typing import NoReturn
@@ -17,7 +18,7 @@ examples:
   python -m glm_mlx.generate --model GLM-4.7-Flash-Q4_0.gguf "Why is the sky blue?"
   python -m glm_mlx.generate --model unsloth/GLM-4.7-Flash-GGUF:Q4_0 --chat
   cat letter.txt | python -m glm_mlx.generate --model model.gguf --system "Summarise." --no-think
-  python -m glm_mlx.generate --model model.gguf --benchmark 30
+  python -m glm_mlx.generate --model model.gguf --benchmark 30 --no-think
 
 The answer goes to standard output; the model's reasoning, progress, figures and errors go to standard error.
 Exit codes: 0 done, 2 something you gave cannot be used, 130 stopped with Ctrl-C.
@@ -93,25 +94,45 @@ def _bias(text: str) -> tuple[int, float]:
 
 
 def main(argv: list[str] | None = None) -> int:
+    _open_streams()
     try:
         args = build_parser().parse_args(argv)
         from glm_mlx import session
 
         return session.run(args)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return _error(str(error))
     except ImportError as error:  # mlx itself installs on Linux without anything to run on
-        print(
-            f"error: MLX does not start: {error}; on Linux install one back end: pip install '.[cpu]'", file=sys.stderr
-        )
-        return 2
+        return _error(f"MLX does not start: {error}; on Linux install one back end: pip install '.[cpu]'")
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of a pipe has enough; a second complaint at exit must not follow
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _error(f"cannot go on: {error}; check the disk that the output goes to")
+    except (MemoryError, RuntimeError) as error:
+        if "allocate" not in str(error) and not isinstance(error, MemoryError):
+            raise
+        return _error(f"out of memory: {error}; use a shorter prompt, close other programs, or take a smaller file")
+
+
+def _error(line: str) -> int:
+    print(f"error: {line}", file=sys.stderr)
+    return 2
+
+
+def _open_streams() -> None:
+    """Standard streams that can take any text; a closed one becomes the null device."""
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for the life of the process
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace"), (sys.stderr, "replace")):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)
 
 
 if __name__ == "__main__":

@@ -34,29 +34,37 @@ def choose_files(files: Sequence[str], quant: str) -> list[str]:
 
 def _download(repo: str, quant: str) -> Path:
     import huggingface_hub  # slow to import, and most runs have a path
-    from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
     try:
-        files = huggingface_hub.HfApi().list_repo_files(repo)
-        parts = choose_files(files, quant)
-        if not parts:
-            have = ", ".join(sorted(f for f in files if f.endswith(".gguf"))[:8]) or "no .gguf file at all"
-            raise InputError(f"{repo} has no {quant} file; it has {have}: name one as {repo}:QUANT")
-        paths = [huggingface_hub.hf_hub_download(repo, part) for part in parts]
-        return Path(paths[0])
-    except (RepositoryNotFoundError, EntryNotFoundError):
+        # model_info asks once; list_repo_files would retry for half a minute on a machine without a network.
+        siblings = huggingface_hub.HfApi().model_info(repo).siblings or []
+    except (RepositoryNotFoundError, HFValidationError):
         raise InputError(
-            f"the hub has no public repository {repo}, and there is no such path; check the name"
+            f"there is no such path, and the hub has no public repository {repo}; check the name"
         ) from None
-    except OSError as error:  # every network fault of the library is one
-        cached = _cached(repo, quant)
-        if cached:
+    except Exception as error:  # the library lets through whatever its HTTP client raises
+        if cached := _cached(repo, quant):
             return cached
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(
-            f"cannot fetch {repo}:{quant} from the hub ({type(error).__name__}: {reason}); "
-            "go online once, or give the path of a .gguf file"
-        ) from None
+        raise _unreachable(repo, quant, error) from None
+    files = [sibling.rfilename for sibling in siblings]
+    parts = choose_files(files, quant)
+    if not parts:
+        have = ", ".join(sorted(f for f in files if f.endswith(".gguf"))[:8]) or "no .gguf file at all"
+        raise InputError(f"{repo} has no {quant} file; it has {have}: name one as {repo}:QUANT")
+    try:
+        paths = [huggingface_hub.hf_hub_download(repo, part) for part in parts]
+    except Exception as error:  # the network, or the disk
+        raise _unreachable(repo, quant, error) from None
+    return Path(paths[0])
+
+
+def _unreachable(repo: str, quant: str, error: Exception) -> InputError:
+    reason = " ".join(str(error).split())[:200]
+    return InputError(
+        f"cannot fetch {repo}:{quant} from the hub ({type(error).__name__}: {reason}); "
+        "go online once, or give the path of a .gguf file"
+    )
 
 
 def _cached(repo: str, quant: str) -> Path | None:
@@ -64,7 +72,7 @@ def _cached(repo: str, quant: str) -> Path | None:
 
     try:
         folder = Path(huggingface_hub.snapshot_download(repo, local_files_only=True))
-    except OSError:
+    except Exception:  # nothing of it is on this machine
         return None
     parts = choose_files([os.path.relpath(p, folder) for p in folder.rglob("*.gguf")], quant)
     return folder / parts[0] if parts else None

@@ -45,7 +45,7 @@ def load_model(path: str | Path, dtype: mx.Dtype | None = None) -> Loaded:
     tokenizer = Tokenizer(gguf.metadata)
     weights.check_memory(gguf, plan)
     nbytes = sum(info.nbytes for _, info in plan)
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task(f"loading {gguf.path.name}", total=nbytes)

@@ -37,15 +37,21 @@ class SamplingParams:
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        _check("temperature", self.temperature, 0 <= self.temperature < math.inf, "0 or more")
+        # The bounds keep float32 from overflowing or losing everything on the way.
+        _check(
+            "temperature",
+            self.temperature,
+            self.temperature == 0 or 1e-3 <= self.temperature <= 1e3,
+            "0, or 0.001 to 1000",
+        )
         _check("top-k", self.top_k, 0 <= self.top_k < 1 << 31, "0 (off) or more")
         _check("top-p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1")
         _check("min-p", self.min_p, 0 <= self.min_p <= 1, "0 to 1")
-        _check("repetition-penalty", self.repetition_penalty, 0 < self.repetition_penalty < math.inf, "above 0")
+        _check("repetition-penalty", self.repetition_penalty, 1e-3 <= self.repetition_penalty <= 1e3, "0.001 to 1000")
         for name in ("presence_penalty", "frequency_penalty"):
-            _check(name.replace("_", "-"), getattr(self, name), math.isfinite(getattr(self, name)), "a finite number")
+            _check(name.replace("_", "-"), getattr(self, name), abs(getattr(self, name)) <= 1e3, "-1000 to 1000")
         for token, bias in self.logit_bias.items():
-            _check(f"logit-bias of token {token}", bias, bias < math.inf, "a number or -inf")
+            _check(f"logit-bias of token {token}", bias, abs(bias) <= 1e6 or bias == -math.inf, "up to 1e6, or -inf")
         _check("seed", self.seed, 0 <= self.seed < 1 << 64, "0 to 2**64 - 1")
         _check("logprobs", self.logprobs, self.logprobs is None or 0 <= self.logprobs <= 100, "0 to 100")
 

@@ -3,8 +3,10 @@
 import argparse
 import itertools
 import json
+import math
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -20,14 +22,16 @@ from rich.table import Table
 from glm_mlx.chat import GLM_TEMPLATE, ChatTemplate, Part, ReasoningSplitter, encode_chat
 from glm_mlx.engine import Engine, Step
 from glm_mlx.errors import InputError
+from glm_mlx.gguf import shown
 from glm_mlx.hub import resolve
 from glm_mlx.load import Loaded, load_model
 from glm_mlx.model import decode_bytes
 from glm_mlx.sampling import SamplingParams
 from glm_mlx.small import SMALL_MODEL
 
-STDERR = Console(stderr=True, highlight=False)
+STDERR = Console(stderr=True, highlight=False, emoji=False)
 CHAT_HELP = "/reset forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C stops an answer"
+BENCHMARK_PROMPT = "Tell me a long story."
 Message = dict[str, Any]
 
 
@@ -99,7 +103,7 @@ class _Talk:
         if not self.args.json:
             if answer.text:
                 print(flush=True)
-            elif answer.reasoning:
+            elif answer.finish == "length" and benchmark is None:
                 STDERR.print("\nno answer yet: it stopped inside the reasoning; raise --count or use --no-think")
         return answer
 
@@ -150,8 +154,11 @@ def _check(args: argparse.Namespace) -> None:
     for option in ("raw", "json", "benchmark"):
         if args.chat and getattr(args, option):
             raise InputError(f"--chat and --{option} do not go together; leave one out")
-    if args.raw and args.system:
-        raise InputError("--raw has no template to put --system into; leave one out")
+    if args.chat and (args.text is not None or args.prompt is not None):
+        raise InputError("--chat asks for its prompts itself; leave the prompt out")
+    for option in ("system", "no_think"):
+        if args.raw and getattr(args, option):
+            raise InputError(f"--raw has no chat template to put --{option.replace('_', '-')} into; leave one out")
     if args.logprobs is not None and not args.json:
         raise InputError("--logprobs needs --json; add it")
     _sampling(args, None)
@@ -159,8 +166,10 @@ def _check(args: argparse.Namespace) -> None:
 
 def _prompt(args: argparse.Namespace) -> str:
     text = args.text if args.text is not None else args.prompt
+    if text is None and args.benchmark is not None:
+        return BENCHMARK_PROMPT
     if text is None or text == "-":
-        if sys.stdin.isatty() and text is None:
+        if sys.stdin is None or (sys.stdin.isatty() and text is None):
             raise InputError("there is no prompt; write one in quotes after the options, or use --chat (see -h)")
         # Bytes that are no UTF-8 come through as surrogates, which the tokenizer turns back into those bytes.
         text = sys.stdin.buffer.read().decode("utf-8", "surrogateescape")
@@ -195,7 +204,7 @@ def _answer_once(talk: _Talk, prompt: str) -> int:
     ids = talk.encode_raw(prompt) if args.raw else talk.encode([*talk.opening, {"role": "user", "content": prompt}])
     answer = talk.generate(ids)
     if args.json:
-        print(json.dumps(_report(talk, ids, answer), ensure_ascii=False))
+        print(json.dumps(_plain(_report(talk, ids, answer)), ensure_ascii=False, allow_nan=False))
     if args.benchmark is not None:
         _benchmark_table(loaded, answer)
     _figures(talk.engine)
@@ -205,16 +214,18 @@ def _answer_once(talk: _Talk, prompt: str) -> int:
 
 
 def _chat(talk: _Talk) -> int:
+    with suppress(ImportError):  # line editing and history, where Python has them
+        import readline  # noqa: F401
     STDERR.print(CHAT_HELP, style="dim")
     messages = list(talk.opening)
+    asks = sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
     while True:
         try:
-            STDERR.print("> ", end="", style="bold")
-            text = input()
+            text = input("> " if asks else "")
         except KeyboardInterrupt:
             STDERR.print("\n" + CHAT_HELP, style="dim")
             continue
-        except EOFError:
+        except (EOFError, RuntimeError):  # the end of standard input, or none at all
             STDERR.print()
             return 0
         if text.strip() in ("/exit", "/quit"):
@@ -241,7 +252,7 @@ def _describe(loaded: Loaded, params: SamplingParams) -> None:
     mix = ", ".join(f"{n} {kind}" for kind, n in loaded.quant_mix.items())
     fixed, per_row = decode_bytes(cfg, loaded.weights, loaded.model.dtype)
     STDERR.print(
-        f"model    {cfg.name}: {cfg.architecture}, {cfg.num_layers} layers, {cfg.num_experts} experts, "
+        f"model    {shown(cfg.name)}: {cfg.architecture}, {cfg.num_layers} layers, {cfg.num_experts} experts, "
         f"{cfg.num_experts_per_tok} used, context {cfg.context_length:,}\n"
         f"file     {loaded.gguf.path}: {decimal(loaded.nbytes)} of weights ({mix}), "
         f"loaded in {loaded.seconds:.2f} s\n"
@@ -277,6 +288,15 @@ def _benchmark_table(loaded: Loaded, answer: Answer) -> None:
         rate = (fixed + per_row * step.position) / step.seconds / 1e9
         table.add_row(str(n), f"{step.seconds * 1e3:.2f}", f"{1 / step.seconds:.1f}", f"{rate:.2f}")
     STDERR.print(table)
+
+
+def _plain(value: Any) -> Any:
+    """The same with numbers that JSON does not have as text: "-inf"."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _report(talk: _Talk, ids: list[int], answer: Answer) -> dict[str, Any]:

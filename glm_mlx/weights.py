@@ -164,9 +164,11 @@ def check_memory(gguf: GGUFFile, pairs: list[tuple[Expected, TensorInfo]]) -> No
 
 
 def available_memory() -> int:
-    """Bytes that weights may take: Metal's recommended working set, else the memory that is free now."""
-    if mx.metal.is_available():
-        return int(mx.device_info()["max_recommended_working_set_size"])
+    """Bytes that weights may take: Metal's recommended working set, a CUDA device's free memory, else free RAM."""
+    device = mx.device_info()
+    for key in ("max_recommended_working_set_size", "free_memory"):
+        if key in device:
+            return int(device[key])
     return int(psutil.virtual_memory().available)
 
 

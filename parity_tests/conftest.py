@@ -1,6 +1,8 @@
 """Shared files, and the table of worst errors at the end of a run."""
 
+import json
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -55,16 +57,30 @@ def pytest_testnodedown(node: Any, error: object) -> None:
     _reports.append(getattr(node, "workeroutput", {}).get("budgets", {"worst": {}, "checks": {}}))
 
 
-def pytest_terminal_summary(terminalreporter: Any) -> None:
-    table = Table("class", "checks", "worst error", "budget", "where", title="worst error of each class")
+def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pytest.Config) -> None:
+    rows = []
     for kind, budget in budgets.BUDGETS.items():
         seen = [report["worst"][kind] for report in _reports if kind in report["worst"]]
         if seen:
             error, where = max(seen)
             count = sum(report["checks"].get(kind, 0) for report in _reports)
-            table.add_row(kind, str(count), f"{error:.2e}", f"{budget.most:.0e}", where)
-    if table.row_count:
+            rows.append({"class": kind, "checks": count, "worst": error, "budget": budget.most, "where": where})
+    if rows:
+        table = Table("class", "checks", "worst error", "budget", "where", title="worst error of each class")
+        for row in rows:
+            table.add_row(row["class"], str(row["checks"]), f"{row['worst']:.2e}", f"{row['budget']:.0e}", row["where"])
         console = Console(width=120)
         with console.capture() as capture:
             console.print(table)
         terminalreporter.write_line(capture.get())
+    if path := config.getoption("--report"):
+        counts = {outcome: len(terminalreporter.stats.get(outcome, [])) for outcome in ("passed", "failed", "error")}
+        conditions = {
+            "device": {
+                key: str(value) for key, value in mx.device_info().items() if key in ("device_name", "architecture")
+            },
+            "mlx": version("mlx"),
+            "tinygrad": version("tinygrad"),
+            "arguments": config.invocation_params.args,
+        }
+        Path(path).write_text(json.dumps({"conditions": conditions, "tests": counts, "errors": rows}, indent=1) + "\n")

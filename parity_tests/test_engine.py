@@ -98,6 +98,16 @@ def test_unusable_prompts_are_refused(model: Model, prompt: list[int], says: str
         generate(Engine(model), prompt, 1)
 
 
+def test_the_speed_of_a_short_answer_is_that_of_a_long_one(model: Model) -> None:
+    """No step hides in the time to the first token, none is counted that did not run."""
+    engine, speed = Engine(model), {}
+    for count in (40, 2, 3):
+        list(engine.generate(tokens(5), GREEDY, count))
+        speed[count] = engine.stats.decode_tok_s
+    assert speed[2] < 4 * speed[40]
+    assert speed[3] < 4 * speed[40]
+
+
 def test_figures_count_what_happened(model: Model) -> None:
     engine = Engine(model)
     steps = list(engine.generate(tokens(10), SamplingParams(logprobs=2), 5))

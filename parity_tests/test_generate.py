@@ -143,6 +143,8 @@ def test_help_names_every_option_and_starts_at_once() -> None:
         (["x", "--logprobs", "2"], "--json"),
         (["x", "--prompt", "y"], "two prompts"),
         (["--chat", "--json"], "--json"),
+        (["--chat", "hello"], "--chat"),
+        (["x", "--raw", "--no-think"], "--no-think"),
         (["x", "--raw", "--system", "y"], "--system"),
         (["   "], "empty"),
         (["word " * 5000], "context"),
@@ -165,11 +167,63 @@ def test_what_cannot_be_used_gets_one_line_and_exit_code_2(
     assert says in lines[0]
 
 
-def test_a_hub_model_without_a_network_is_one_line() -> None:
-    done = run("--model", "owner/repo:Q4_0", "x", HF_HUB_OFFLINE="1")
+@pytest.mark.parametrize("network", [{"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}], ids=str)
+def test_a_hub_model_without_a_network_is_one_line(network: dict[str, str]) -> None:
+    """Offline by wish, and by a connection that is refused."""
+    done = run("--model", "owner/repo:Q4_0", "x", **network)
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
     assert b"owner/repo:Q4_0" in done.stderr
+
+
+def test_a_cached_hub_model_runs_without_a_network(model: str, tmp_path: Path) -> None:
+    """The hub library's own cache layout, as a download leaves it."""
+    repo = tmp_path / "hub" / "models--owner--repo"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text("abc")
+    snapshot = repo / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (snapshot / "M-Q4_0.gguf").symlink_to(model)
+    environment = {"HF_HOME": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9"}
+    done = run("--model", "owner/repo", "Hello", "-n", "2", "--json", **environment)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["model"].endswith("M-Q4_0.gguf")
+
+
+@pytest.mark.parametrize("name", ["foo/.bar", "foo/bar--baz", "foo/bar.git"])
+def test_names_that_the_hub_does_not_have_are_one_line(name: str) -> None:
+    done = run("--model", name, "x")
+    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, b"", 1)
+    assert name.encode() in done.stderr
+
+
+def test_json_is_json_whatever_the_numbers_are(model: str, capfd: pytest.CaptureFixture[str]) -> None:
+    got = report(capfd, "-m", model, "Hi", "-n", "2", "--logit-bias", "5=-inf", "--logprobs", "3")
+    assert got["sampling"]["logit_bias"] == {"5": "-inf"}
+
+
+@pytest.mark.parametrize(
+    ("redirection", "code", "says"),
+    [
+        ("<&-", 2, "no prompt"),
+        ("--chat <&-", 0, ""),
+        ("Hello --no-think -n 3 > /dev/full", 2, "error: cannot go on"),
+        ("Hello --no-think -n 3 2>&-", 0, ""),
+        ("Hello --no-think -n 3 >&-", 0, ""),
+    ],
+)
+def test_closed_and_full_streams_bring_no_traceback(model: str, redirection: str, code: int, says: str) -> None:
+    command = f"{sys.executable} -m glm_mlx.generate -m {model} {redirection}"
+    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, timeout=60)
+    assert b"Traceback" not in done.stderr
+    assert done.returncode == code
+    assert says in done.stderr.decode()
+
+
+def test_an_ascii_terminal_gets_what_it_can_show(model: str) -> None:
+    bias = ["--logit-bias", "200=100"]  # a byte above ASCII
+    done = run("-m", model, "--raw", "Grüße", "-n", "3", *bias, PYTHONIOENCODING="ascii")
+    assert done.returncode == 0, done.stderr
 
 
 def test_ctrl_c_ends_with_130_and_no_traceback(model: str) -> None:
