@@ -22,6 +22,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--device", choices=("cpu", "gpu"), default="cpu", help="where MLX runs: cpu (what CI proves), or gpu"
     )
+    parser.addoption("--errors-to", metavar="FILE", help="write the worst errors and the conditions as JSON")
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -73,7 +74,7 @@ def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pyte
         with console.capture() as capture:
             console.print(table)
         terminalreporter.write_line(capture.get())
-    if path := config.getoption("--report"):
+    if path := config.getoption("--errors-to"):
         counts = {outcome: len(terminalreporter.stats.get(outcome, [])) for outcome in ("passed", "failed", "error")}
         conditions = {
             "device": {
