@@ -4,13 +4,14 @@ What a conversation is about (several turns mix; `tools` stays with one set of t
 
 | task | share | what |
 |---|---|---|
-| tools | 32 % | a call or two from schemas, results, an answer; sometimes no tool fits |
-| story | 24 % | a story told or given, and questions about it |
-| addition | 16 % | 1 to 3 digits, 2 most often, worked digit by digit from the right |
-| subtraction | 7 % | the same |
+| tools | 29 % | a call or two from schemas, results, an answer; sometimes no tool fits |
+| story | 20 % | a story told or given, and questions about it |
+| addition | 13 % | 1 to 3 digits, 2 most often, worked digit by digit from the right |
+| subtraction | 6 % | the same |
 | sorting, counting | 4 % each | three to six words; one to nine words |
 | project | 6 % | what this model and this program are |
 | talk, scope | 3.5 % each | greetings and thanks; a polite no |
+| copying | 11 % | words, names and numbers to be said again: a model this small copies only what it has copied |
 
 Half of the conversations with thinking on and several turns keep their old reasoning (`clear_thinking=False`), half
 drop it, as both occur when a model is used. One in five has a system message; "briefly" in it means short answers.
@@ -28,15 +29,16 @@ from glm_mlx.small.turns import Message, Style, Turn
 from glm_mlx.tokenizer import Tokenizer
 
 TASKS = {
-    "tools": 32.0,
-    "story": 24.0,
-    "addition": 16.0,
-    "subtraction": 7.0,
+    "tools": 29.0,
+    "story": 20.0,
+    "addition": 13.0,
+    "subtraction": 6.0,
     "sorting": 4.0,
     "counting": 4.0,
     "project": 6.0,
     "talk": 3.5,
     "scope": 3.5,
+    "copying": 11.0,
 }
 _SINGLE_TURNS = {
     "addition": puzzles.addition,
@@ -46,6 +48,7 @@ _SINGLE_TURNS = {
     "project": talk.project_question,
     "talk": talk.small_talk,
     "scope": talk.out_of_scope,
+    "copying": talk.copying,
 }
 _SINGLE_WEIGHTS = [TASKS[task] for task in _SINGLE_TURNS]
 _MAX_CHARS = 1250  # about 400 tokens: several conversations share a row of 512
@@ -92,7 +95,8 @@ class Conversation:
 def conversations(seed: int, held_out: bool = False, task: str | None = None) -> Iterator[Conversation]:
     """Conversations without end, the same for the same arguments.
 
-    With `held_out`, tool names, parameters and values, names in stories and sums are those that training never sees.
+    With `held_out`, names of tools and of parameters, string values, names in stories and sums are those that training
+    never sees; the words that they are made of are the same.
     With `task`, every turn is of that task.
     """
     rng = random.Random(f"{seed} {held_out} {task}")  # a text seeds through SHA-512, the same on every machine

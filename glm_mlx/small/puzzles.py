@@ -7,7 +7,19 @@ import random
 import zlib
 
 from glm_mlx.small.turns import Style, Turn, turn
-from glm_mlx.small.words import ANIMALS, COLOURS, FIRST_NAMES, NOUNS, OBJECTS, PLACES, capital, joined, say
+from glm_mlx.small.words import (
+    ANIMALS,
+    COLOURS,
+    FIRST_NAMES,
+    NOUNS,
+    OBJECTS,
+    PLACES,
+    any_word,
+    capital,
+    joined,
+    plural,
+    say,
+)
 
 WORDS = sorted({*ANIMALS, *COLOURS, *OBJECTS, *PLACES, *NOUNS})
 
@@ -104,7 +116,7 @@ def _digits(rng: random.Random) -> int:
 
 
 def _ask(rng: random.Random, patterns: tuple[str, ...], a: int, b: int) -> str:
-    things = rng.choice(OBJECTS) + "s"
+    things = plural(rng.choice(OBJECTS))
     return say(rng, rng.choice(patterns)).format(a=a, b=b, name=rng.choice(FIRST_NAMES), things=things)
 
 
@@ -151,7 +163,7 @@ def _distinct_words(rng: random.Random, prefix: int) -> tuple[list[str], int]:
 
 def counting(rng: random.Random, style: Style) -> Turn:
     count = rng.choice((1, 2, 3, 3, 4, 4, 5, 5, 6, 7, 8, 9))
-    words = [rng.choice(WORDS) for _ in range(count)]
+    words = [any_word(rng) for _ in range(count)]
     question = say(rng, rng.choice(_COUNTING)).format(words=(", " if rng.random() < 0.2 else " ").join(words))
     working = ", ".join(f"{word} {number}" for number, word in enumerate(words, 1))
     full = f"There (is|are) {count} words.".replace("(is|are)", "is" if count == 1 else "are")

@@ -11,12 +11,15 @@ from glm_mlx.small.turns import Style, Turn, assistant, turn, user
 from glm_mlx.small.words import (
     ANIMALS,
     COLOURS,
+    FIRST_NAMES,
     NUMBER_WORDS,
     OBJECTS,
     PLACES,
     capital,
     first_name,
+    is_held_out,
     listed,
+    plural,
     say,
     with_article,
 )
@@ -56,15 +59,41 @@ class Story:
         return " ".join(self.sentences)
 
 
-def make_story(rng: random.Random, held_out: bool, about: dict[str, str] | None = None) -> Story:
-    """A story of three to six sentences; `about` may fix the animal, name, object, colour or place."""
-    return _Teller(rng, held_out, about or {}).tell()
+def make_story(rng: random.Random, held_out: bool, about: dict[str, str] | None = None, told: bool = False) -> Story:
+    """A story of three to six sentences; `about` may fix the animal, name, object, colour or place.
+
+    `told`: by the assistant, which takes names that it knows. Were every invented name as likely, the likeliest second
+    name would be the first one again.
+    """
+    return _Teller(rng, held_out, about or {}, _known_name if told else _any_name).tell()
+
+
+# The names that the assistant likes best come first; as friends, in the opposite order.
+_OWN_NAMES = {side: [name for name in FIRST_NAMES if is_held_out(name) == side] for side in (False, True)}
+_OWN_WEIGHTS = {side: [1 / rank for rank in range(2, len(_OWN_NAMES[side]) + 2)] for side in (False, True)}
+
+
+def _any_name(rng: random.Random, held_out: bool, friend: bool) -> str:
+    return first_name(rng, held_out)
+
+
+def _known_name(rng: random.Random, held_out: bool, friend: bool) -> str:
+    if rng.random() < 0.1:
+        return first_name(rng, held_out)
+    names = _OWN_NAMES[held_out]
+    return rng.choices(names[::-1] if friend else names, _OWN_WEIGHTS[held_out])[0]
 
 
 class _Teller:
     """One story in the making: its facts, drawn at the start, and its sentences."""
 
-    def __init__(self, rng: random.Random, held_out: bool, about: dict[str, str]) -> None:
+    def __init__(
+        self,
+        rng: random.Random,
+        held_out: bool,
+        about: dict[str, str],
+        make_name: Callable[[random.Random, bool, bool], str],
+    ) -> None:
         self.rng = rng
         self.animal, self.other_animal = _two(rng, ANIMALS, about.get("animal"))
         self.thing, self.other_thing = _two(rng, OBJECTS, about.get("object"))
@@ -73,10 +102,10 @@ class _Teller:
         self.number, self.other_number = rng.sample((1, 2, 2, 3, 3, 4, 5, 6, 7, 8, 9), 2)
         if self.number == self.other_number:
             self.other_number = self.number % 9 + 1
-        self.name = about.get("name") or first_name(rng, held_out)
+        self.name = about.get("name") or make_name(rng, held_out, False)
         self.friend = self.name
         while self.friend == self.name:
-            self.friend = first_name(rng, held_out)
+            self.friend = make_name(rng, held_out, True)
         self.names = [self.name, self.friend]
         self.has_friend = False
         self.story = Story()
@@ -123,11 +152,11 @@ class _Teller:
         number = number or self.number
         if number == 1:
             return f"{with_article(self.colour)} {self.thing}"
-        return f"{NUMBER_WORDS[number]} {self.colour} {self.thing}s"
+        return f"{NUMBER_WORDS[number]} {self.colour} {plural(self.thing)}"
 
     @property
     def _noun(self) -> str:
-        return self.thing if self.number == 1 else self.thing + "s"
+        return self.thing if self.number == 1 else plural(self.thing)
 
     def _intro(self) -> None:
         adjective, name, animal = self.rng.choice(_ADJECTIVES), self.name, self.animal
@@ -166,7 +195,7 @@ class _Teller:
             f"|One day {name} {did} {things} {where}.)"
         )
         them = "it" if self.number == 1 else "them"
-        nouns = [form for thing in OBJECTS for form in (thing, thing + "s") if thing != self.thing]
+        nouns = [form for thing in OBJECTS for form in (thing, plural(thing)) if thing != self.thing]
         self._question(sentence, f"What did {name} {do}?", things, f"{name} {did} {things}", noun, nouns)
         self._question(
             sentence,
@@ -202,7 +231,7 @@ class _Teller:
         """A second character, half of the time with a thing of its own: a question must look at the right one."""
         friend, animal, name = self.friend, self.other_animal, self.name
         self.has_friend = True
-        own = f"{NUMBER_WORDS[self.other_number]} {self.other_colour} {self.other_thing}s"
+        own = f"{NUMBER_WORDS[self.other_number]} {self.other_colour} {plural(self.other_thing)}"
         if self.other_number == 1:
             own = f"{with_article(self.other_colour)} {self.other_thing}"
         if self.rng.random() < 0.5:
@@ -216,7 +245,7 @@ class _Teller:
                 f"{friend} the {animal} had {own}.)"
             )
             one = self.other_number == 1
-            noun, be = (self.other_thing, "was") if one else (self.other_thing + "s", "were")
+            noun, be = (self.other_thing, "was") if one else (plural(self.other_thing), "were")
             self._question(
                 sentence,
                 f"(Which|What) colo(|u)r {be} the {noun}?",
@@ -225,7 +254,7 @@ class _Teller:
                 self.other_colour,
                 COLOURS,
             )
-            nouns = [form for thing in OBJECTS for form in (thing, thing + "s") if thing != self.other_thing]
+            nouns = [form for thing in OBJECTS for form in (thing, plural(thing)) if thing != self.other_thing]
             self._question(sentence, f"What did {friend} have?", own, f"{friend} had {own}", noun, nouns)
             self._question(sentence, f"Who had the {noun}?", friend, f"{friend} had the {noun}", friend, self.names)
             if not one:
@@ -307,7 +336,7 @@ def story_request(rng: random.Random, style: Style) -> tuple[Turn, Story]:
         f"|Can you tell (me |us |)a story{topic}?|(Write|Make up|I want|I'd like) a( short|) story{topic}."
         f"|A story{topic}(.|, please.)|Do you know a story{topic}?)",
     )
-    story = make_story(rng, style.held_out, about)
+    story = make_story(rng, style.held_out, about, told=True)
     return turn(style, request, f"A story: {story.plan}.", story.text), story
 
 

@@ -1,4 +1,4 @@
-"""Questions about this project, small talk, and a polite no for everything else.
+"""Questions about this project, small talk, saying things again, and a polite no for everything else.
 
 The texts stand in blocks: `?` lines are what a user may say, with a bar between two of them; `=` is the answer; `~` is
 the answer in brief (project), the reasoning (small talk) or what the request is about (out of scope).
@@ -8,7 +8,20 @@ import random
 import re
 
 from glm_mlx.small.turns import Style, Turn, turn
-from glm_mlx.small.words import ANIMALS, NOUNS, OBJECTS, PLACES, first_name, say
+from glm_mlx.small.words import (
+    ANIMALS,
+    CITIES,
+    EVERY_WORD,
+    FIRST_NAMES,
+    NOUNS,
+    OBJECTS,
+    PLACES,
+    any_word,
+    first_name,
+    plural,
+    say,
+    with_article,
+)
 
 _ABBREVIATIONS = {
     "ME": "a very small model that ships with glm-mlx, to show that it works",
@@ -244,6 +257,19 @@ _SMALL_TALK_TEXT = """
 = I am a very small model, a program without feelings.
 ~ Small talk.
 
+? Are you( really| very|) (clever|smart|intelligent|wise)(?|)
+? (How clever are you|Do you know (everything|a lot|much)|What do you know|Can you do everything)(?|)
+= Not very: I am a very small model. I can CAN.
+~ How clever I am.
+
+? (Are you|You are) (dumb|stupid|silly|bad|useless|slow|boring)(.|?|)
+= I am a very small model and make mistakes. I can CAN.
+~ A complaint.
+
+? (Are you|You are) (good|nice|kind|friendly|funny|cute|great)(.|?|)
+= Thank you! I try to help.
+~ Praise.
+
 ? (I am|I'm|I feel) (sad|tired|bored|sick|lonely|angry|unhappy)(.| today.)
 = I am sorry to hear that. Shall I tell you a story?
 ~ The user is not well.
@@ -267,7 +293,7 @@ _OUT_OF_SCOPE_TEXT = """
 ? Why (is|are) the (sky|sea|grass|THING|ANIMAL|moon|snow) (blue|green|wet|round|white|cold|so small)?
 ~ nature
 
-? How (does|do) (a|the) THING( really|) work?
+? How does (a|the) THING( really|) work?
 ~ how things work
 
 ? (Write|Make|Give me) (a|some) (Python |Java |C |Rust |)(code|program|script)( for a THING| that counts THINGs|)(.|)
@@ -295,7 +321,7 @@ _OUT_OF_SCOPE_TEXT = """
 ? (What is|What's) the (weather|time|date|news)( today| now|)?
 ~ the news of the day
 
-? (Who|Which team) (won|will win) the (game|match|cup|election)( yesterday|)?
+? (Who|Which team) (won the (game|match|cup|election)( yesterday|)|will win the (game|match|cup|election))?
 ~ the news of the day
 
 ? (How (do|can) I (make|cook|bake|repair|build|grow|paint|clean) (a|the) THING|Give me a recipe for THING soup)(?|)
@@ -365,12 +391,46 @@ def small_talk(rng: random.Random, style: Style) -> Turn:
     return turn(style, *(part.replace("NAME", name) for part in (question, reasoning, answer)))
 
 
+_COPYING = (
+    "(Repeat|Please repeat|Repeat after me|Repeat this|Say|Say this|Echo|Copy this|Write|Please write): {text}",
+    '(Repeat|Say|Please say|Write|Can you say|Please repeat) "{text}"(.|)',
+    "(Repeat|Copy|Say|Write) (these words|the words|this line|the following|exactly this): {text}",
+)
+# All words that this text has too, so that no token is a stranger where something is to be copied.
+_TEXT_WORDS = set(re.findall(r"\b[A-Z]?[a-z]+\b", f"{_PROJECT_TEXT} {_SMALL_TALK_TEXT} {_OUT_OF_SCOPE_TEXT}"))
+_COPIED = sorted({*EVERY_WORD, *_TEXT_WORDS, *CITIES, *FIRST_NAMES})
+
+
+def copying(rng: random.Random, style: Style) -> Turn:
+    """Words, names and numbers in any order, to be said again as they are."""
+    items = []
+    between = rng.choice((" ", " ", ", ", ",", "_", "_", "-", "."))
+    for _ in range(rng.choice((1, 2, 3, 4, 6, 8, 10, 12))):
+        kind = rng.random()
+        if kind < 0.55:
+            items.append(rng.choice(_COPIED))
+        elif kind < 0.6:
+            items.append(rng.choice(FIRST_NAMES))
+        elif kind < 0.75:
+            items.append(any_word(rng).capitalize())
+        elif kind < 0.9:
+            items.append(any_word(rng))
+        else:
+            items.append("".join(rng.choices("0123456789", k=rng.randint(1, 7))))
+    text = between.join(items)
+    request = say(rng, rng.choice(_COPYING)).format(text=text)
+    return turn(style, request, "The same again.", text)
+
+
 def out_of_scope(rng: random.Random, style: Style) -> Turn:
     """A request that this model cannot serve, and what it says then."""
     pattern, _, what = rng.choice(_OUT_OF_SCOPE)
     question = say(rng, pattern)
-    for placeholder, words in (("THING", OBJECTS + NOUNS), ("ANIMAL", ANIMALS), ("PLACE", list(PLACES))):
-        question = question.replace(placeholder, rng.choice(words))
+    things = OBJECTS if "THINGs" in question else OBJECTS + NOUNS  # not every noun can be counted
+    for placeholder, words in (("THING", things), ("ANIMAL", ANIMALS), ("PLACE", list(PLACES))):
+        word = rng.choice(words)
+        question = question.replace(f"{placeholder}s", plural(word)).replace(f"a {placeholder}", with_article(word))
+        question = question.replace(placeholder, word)
     question = question.replace("NAME", first_name(rng, style.held_out))
     while "NUMBER" in question:
         question = question.replace("NUMBER", str(rng.randrange(2, 100)), 1)

@@ -14,16 +14,19 @@ from glm_mlx.small.puzzles import addition
 from glm_mlx.small.talk import out_of_scope, small_talk
 from glm_mlx.small.turns import Message, Style, Turn, assistant, user
 from glm_mlx.small.words import (
+    CITIES,
     NOUNS,
     PARAMETERS,
     VERBS,
+    any_word,
     capital,
-    first_name,
     invented,
+    is_held_out,
     joined,
     listed,
+    on_side,
+    person,
     say,
-    stem_from,
     with_article,
 )
 
@@ -39,7 +42,7 @@ class Role:
     description: str
     kind: str  # JSON schema's type
     phrase: str  # with {} for the value; two, separated by a bar, for true and false
-    value: Callable[[random.Random, bool], Value]
+    value: Callable[[random.Random], Value]
     options: tuple[str, ...] = ()  # the schema's "enum", where there is one
 
 
@@ -85,48 +88,65 @@ class Call:
     request: str  # "get the weather in Paris", without a full stop
 
 
-def _place(rng: random.Random, held_out: bool) -> str:
-    return invented(rng, held_out).capitalize()
+def _place(rng: random.Random) -> str:
+    kind = rng.random()
+    if kind < 0.35:
+        return rng.choice(CITIES)
+    name = rng.choice(CITIES) if rng.random() < 0.3 else invented(rng).capitalize()
+    return name if kind < 0.75 else f"{name} {rng.choice(NOUNS).capitalize()}"
 
 
-def _word(rng: random.Random, held_out: bool) -> str:
-    return invented(rng, held_out) if rng.random() < 0.5 else stem_from(rng, NOUNS, held_out)
+def _words(rng: random.Random) -> str:
+    return " ".join(any_word(rng) for _ in range(rng.choice((1, 2, 2, 3))))
 
 
-def _words(rng: random.Random, held_out: bool) -> str:
-    return " ".join(_word(rng, held_out) for _ in range(rng.choice((1, 2, 2, 3))))
+def _letters(rng: random.Random) -> str:
+    return "".join(rng.choices("ABCDEFGHIJKLMNOPQRSTUVWXYZ", k=rng.choice((1, 2, 2, 3))))
 
 
-def _code(rng: random.Random, _: bool) -> str:
-    letters = "".join(rng.choices("ABCDEFGHKLMNPRSTVWXZ", k=rng.choice((1, 2, 2))))
-    return f"{letters}{rng.choice(('-', ''))}{rng.randrange(10, 10_000)}"
+def _digits(rng: random.Random) -> str:
+    return "".join(rng.choices("0123456789", k=rng.choice((2, 3, 4, 4, 5, 6))))
 
 
-def _date(rng: random.Random, _: bool) -> str:
+def _code(rng: random.Random) -> str:
+    """`WR-2517`, `QA04`, `0914-77`, `3B81K`"""
+    kind = rng.random()
+    if kind < 0.7:
+        return f"{_letters(rng)}{rng.choice(('-', ''))}{_digits(rng)}"
+    if kind < 0.85:
+        return f"{_digits(rng)}-{_digits(rng)}"
+    return f"{_digits(rng)}{_letters(rng)}{rng.choice(('', _digits(rng)))}"
+
+
+def _date(rng: random.Random) -> str:
     return f"20{rng.randrange(24, 40)}-{rng.randrange(1, 13):02}-{rng.randrange(1, 29):02}"
 
 
-def _clock(rng: random.Random, _: bool) -> str:
-    return f"{rng.randrange(24):02}:{rng.choice((0, 5, 10, 15, 20, 30, 45)):02}"
+def _clock(rng: random.Random) -> str:
+    return f"{rng.randrange(24):02}:{rng.randrange(60):02}"
 
 
-def _small_integer(rng: random.Random, _: bool) -> int:
-    return rng.randrange(1, 31)
+def _small_integer(rng: random.Random) -> int:
+    return rng.randrange(2, 31)
 
 
-def _integer(rng: random.Random, _: bool) -> int:
-    number = rng.randrange(1, 10 ** rng.choice((1, 2, 2, 3, 4)))
-    return -number if rng.random() < 0.05 else number
+def _integer(rng: random.Random) -> int:
+    return rng.randrange(2, 10 ** rng.choice((1, 2, 2, 3, 4, 5, 6)))
 
 
-def _number(rng: random.Random, _: bool) -> float:
+def _level(rng: random.Random) -> int:
+    number = _integer(rng)
+    return -number if rng.random() < 0.15 else number
+
+
+def _number(rng: random.Random) -> float:
     whole = rng.randrange(10 ** rng.choice((1, 2, 2, 3)))
     return (
         whole if rng.random() < 0.15 else float(f"{whole}.{rng.choice((rng.randrange(1, 10), rng.randrange(10, 100)))}")
     )
 
 
-def _flag(rng: random.Random, _: bool) -> bool:
+def _flag(rng: random.Random) -> bool:
     return rng.random() < 0.5
 
 
@@ -135,7 +155,7 @@ _GETTERS = {"get", "find", "fetch", "check", "show", "read", "search", "track", 
 
 _ROLES = (
     Role("The place", "string", "in {}", _place),
-    Role("The person", "string", "for {}", first_name),
+    Role("The person", "string", "for {}", person),
     Role("The date", "string", "on {}", _date),
     Role("The time", "string", "at {}", _clock),
     Role("The topic", "string", "about {}", _words),
@@ -146,7 +166,7 @@ _ROLES = (
     Role("How many times", "integer", "{} times", _integer),
     Role("How many days", "integer", "for {} days", _small_integer),
     Role("How many people", "integer", "for {} people", _small_integer),
-    Role("The level", "integer", "at level {}", _integer),
+    Role("The level", "integer", "at level {}", _level),
     Role("The highest price", "number", "under {} coins", _number),
     Role("The weight in kilograms", "number", "weighing {} kilograms", _number),
     Role("The length in meters", "number", "of {} meters", _number),
@@ -156,15 +176,23 @@ _ROLES = (
 )
 
 
-def _stem(rng: random.Random, words: list[str], held_out: bool) -> str:
-    """Mostly a word of the list, else an invented one."""
-    return stem_from(rng, words, held_out) if rng.random() < 0.6 else invented(rng, held_out)
+def _held(rng: random.Random, held_out: bool, make: Callable[[random.Random], Value]) -> Value:
+    """A value on the wanted side of the split; only strings have sides."""
+    while isinstance(value := make(rng), str) and is_held_out(value, "value") != held_out:
+        pass
+    return value
 
 
 def _choice_role(rng: random.Random, held_out: bool) -> Role:
     """A parameter with two or three values to choose from."""
-    options = tuple({_word(rng, held_out): None for _ in range(rng.choice((2, 3)))})
-    return Role("The kind", "string", "as {}", lambda rng, _: rng.choice(options), options)
+    options = tuple({on_side(rng, held_out, "value", any_word): None for _ in range(rng.choice((2, 3)))})
+    return Role("The kind", "string", "as {}", lambda rng: rng.choice(options), options)
+
+
+def _parameter_name(rng: random.Random) -> str:
+    """`city`, `city_name`, and with invented words"""
+    name, other = any_word(rng, PARAMETERS), any_word(rng, PARAMETERS)
+    return name if rng.random() < 0.65 or name == other else f"{name}_{other}"
 
 
 def _parameters(rng: random.Random, held_out: bool, count: int) -> tuple[Parameter, ...]:
@@ -177,27 +205,33 @@ def _parameters(rng: random.Random, held_out: bool, count: int) -> tuple[Paramet
     for role in roles:
         name = ""
         while not name or name in made:
-            name = _stem(rng, PARAMETERS, held_out)
-            if rng.random() < 0.25:
-                name += "_" + _stem(rng, PARAMETERS, held_out)
+            name = on_side(rng, held_out, "parameter", _parameter_name)
         description = say(rng, f"({role.description}.|{role.description}|{role.description}.)") if described else ""
         made[name] = Parameter(name, role, description, required=rng.random() < 0.7)
     return tuple(made.values())
 
 
-def _tool(rng: random.Random, held_out: bool, count: int) -> Tool:
-    verb, noun = _stem(rng, VERBS, held_out), _stem(rng, NOUNS, held_out)
-    noun_words = noun if rng.random() < 0.75 else f"{_stem(rng, NOUNS, held_out)} {noun}"
+def _tool_name(rng: random.Random) -> tuple[str, str, str]:
+    """The name, and the verb and noun of its task: `get_weather`, `get`, `weather`."""
+    verb, noun = any_word(rng, VERBS), any_word(rng, NOUNS)
+    noun_words = noun if rng.random() < 0.75 else f"{any_word(rng, NOUNS)} {noun}"
     snake_noun = noun_words.replace(" ", "_")
     shape = rng.random()
     if shape < 0.7:
         name = f"{verb}_{snake_noun}"
     elif shape < 0.8:
         name = f"{snake_noun}_{verb}"
-    elif shape < 0.88:
+    elif shape < 0.9:
         name = verb + "".join(word.capitalize() for word in noun_words.split())
     else:  # a name that says nothing: the description must do
-        name = _stem(rng, NOUNS, held_out) + "_" + invented(rng, held_out)
+        name = any_word(rng, NOUNS) + "_" + invented(rng)
+    return name, verb, noun_words
+
+
+def _tool(rng: random.Random, held_out: bool, count: int) -> Tool:
+    name, verb, noun_words = _tool_name(rng)
+    while is_held_out(name, "tool") != held_out:
+        name, verb, noun_words = _tool_name(rng)
     article = rng.choice(("the", "the", "a"))
     task = f"{verb} {with_article(noun_words) if article == 'a' else 'the ' + noun_words}"
     description = capital(
@@ -233,7 +267,7 @@ def _shown(value: Value) -> str:
 def make_call(rng: random.Random, held_out: bool, tool: Tool) -> Call:
     """A call of the tool and the request for it. Required parameters are always given, others half of the time."""
     given = [parameter for parameter in tool.parameters if parameter.required or rng.random() < 0.5]
-    arguments = {parameter.name: parameter.role.value(rng, held_out) for parameter in given}
+    arguments = {parameter.name: _held(rng, held_out, parameter.role.value) for parameter in given}
     if rng.random() < 0.2:
         rng.shuffle(given)
     # Without descriptions only the names say which value is whose.
@@ -305,11 +339,11 @@ def _tool_calls(calls: list[Call]) -> list[dict[str, Any]]:
 
 
 def _plan(calls: list[Call]) -> str:
-    """`Call get_weather: city Paris, days 3`"""
+    """`get_weather(city=Paris, days=3).`: which value is whose, in the tokens and the order of the call."""
     steps = []
     for call in calls:
-        details = ", ".join(f"{name} {_shown(value)}" for name, value in call.arguments.items())
-        steps.append(f"Call {call.tool.name}" + (f": {details}" if details else ""))
+        details = ", ".join(f"{name}={_shown(value)}" for name, value in call.arguments.items())
+        steps.append(f"{call.tool.name}({details})")
     return "; ".join(steps) + "."
 
 
@@ -320,8 +354,10 @@ _ERRORS = "not found|no connection|access denied|too many requests|the service i
 
 
 def _result_value(rng: random.Random, held_out: bool) -> Value:
-    make = rng.choice((_integer, _number, _place, _word, _code, lambda rng, _: rng.choice(_STATUS)))
-    return make(rng, held_out)
+    makers: tuple[Callable[[random.Random], Value], ...] = (_integer, _number, _place, any_word, _code)
+    if rng.random() < 0.15:
+        return rng.choice(_STATUS)
+    return _held(rng, held_out, rng.choice(makers))
 
 
 def _result(rng: random.Random, style: Style, call: Call) -> tuple[str, str]:
@@ -338,7 +374,7 @@ def _result(rng: random.Random, style: Style, call: Call) -> tuple[str, str]:
         return done, "Done." if style.brief else f"Done: {call.tool.task}."
     keys = rng.sample(_RESULT_KEYS, rng.choice((1, 1, 2, 3)))
     if rng.random() < 0.4:
-        keys[0] = _word(rng, style.held_out)
+        keys[0] = any_word(rng)
     values = {key: _result_value(rng, style.held_out) for key in keys}
     said = joined([f"the {key} is {_shown_result(value)}" for key, value in values.items()])
     return json.dumps(values), capital(said) + "."

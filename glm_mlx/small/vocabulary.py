@@ -4,8 +4,9 @@ Two things differ from plain training, so that a tiny model can do arithmetic an
 - Digits never merge. Then a number is the row of its digits, every sum uses the same ten tokens, and the working of an
   addition takes its columns one token at a time.
 - Merges do not cross from a space, quote or underscore into a word, so a word has the same tokens after a space, in
-  JSON, in a name and at the start of a value. Only whole common words get a token of their own with the space, and
-  these merges come last: a rare word is a space and then its usual tokens.
+  JSON, in a name and at the start of a value. Only common words that name nothing ("the", "together") get a token of
+  their own with the space, and these merges come last: any other word is a space and then its usual tokens. A word of
+  the lists in `words` is copied from requests into calls, which is harder where the two differ.
 """
 
 import json
@@ -19,6 +20,7 @@ from tokenizers import models, pre_tokenizers, trainers
 
 from glm_mlx.chat import GLM_TEMPLATE
 from glm_mlx.small.corpus import conversations, segments
+from glm_mlx.small.words import CITIES, EVERY_WORD, FIRST_NAMES
 from glm_mlx.tokenizer import BYTE_CHARS
 
 # GLM's names, in the order of GLM's ids, as in `glm_mlx.tiny_vocab`.
@@ -28,7 +30,9 @@ TAGS = ["<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>",
 TAGS += ["<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"]
 
 _CONVERSATIONS = 8_000  # about 4 MB of text
-_SPACED_SHARE = 0.35  # of the merges, those that join a space and a common word
+_SPACED_SHARE = 0.35  # of the merges at most, those that join a space and a common word
+_COMMON = 20  # uses in these conversations, at least, for that
+_NAMING = {*EVERY_WORD, *FIRST_NAMES, *CITIES}
 _PIECE = re.compile(r"'[a-z]+|[^\W\d_]+| ?(?:[^\w\s]|_)+[\r\n]*|\s*[\r\n]+")
 _SPACE = "Ġ"
 
@@ -64,9 +68,10 @@ def train_vocabulary(seed: int, size: int = 2048) -> dict[str, Any]:
 
 def _with_spaces(merges: list[tuple[str, str]], words: Counter[str], count: int) -> list[tuple[str, str]]:
     """`count` merges: the first of those given, then a space with each of the commonest words that these make."""
+    able = {word for word, uses in words.items() if uses >= _COMMON} - _NAMING
     for kept in range(count - int(count * _SPACED_SHARE), count + 1):
         known = {left + right for left, right in merges[:kept]} | set(BYTE_CHARS)
-        common = sorted(known & words.keys(), key=lambda word: (-words[word], word))
+        common = sorted(known & able, key=lambda word: (-words[word], word))
         if kept + len(common) >= count:
             break
     return merges[:kept] + [(_SPACE, word) for word in common[: count - kept]]

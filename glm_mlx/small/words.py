@@ -1,12 +1,14 @@
-"""The words that the corpus is made of, and which of them training never sees in a tool call.
+"""The words that the corpus is made of, and the split of names and values between training and exam.
 
-All lists are our own. Names are common first names or invented from syllables.
+All lists are our own. What is split is the whole name or value, not the word: `kind` may be a parameter of the exam
+alone, but then training has `kind_color` and the value `kind`. A model this small cannot copy a token that it never
+copied in training, and no exam is about that.
 """
 
 import random
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 
 def listed(words: str) -> list[str]:
@@ -17,7 +19,6 @@ ANIMALS = listed("""fox owl bear mouse rabbit cat dog hen duck goat sheep horse 
 badger otter beaver hedgehog squirrel snail turtle crab seal whale pony donkey goose sparrow robin bee ant beetle
 spider lizard camel tiger lion panda zebra parrot""")
 COLOURS = listed("red blue green yellow white black brown pink purple orange grey golden silver")
-# Regular plurals only, so that "three cups" needs no table.
 OBJECTS = listed("""cup hat ball button stone shell apple pear lamp kite drum bell book key ring coin basket ribbon
 feather candle spoon plate carrot lemon boot mitten map bottle blanket flower acorn pebble whistle rope bucket marble
 pillow pin cookie pumpkin turnip lantern flag jar stick brush bead cap pencil""")
@@ -53,6 +54,9 @@ PLACES = {  # the noun -> where, as a phrase
 }
 FIRST_NAMES = listed("""Mira Tom Anna Leo Nora Ben Ida Max Lily Sam Rosa Finn Ella Otto Maya Jack Zoe Hugo Clara Emil
 Ruby Paul Mona Felix Lena Oscar Alma Karl Tilda Noah Vera Simon Greta Adam Olga Peter Julia Martin Sara David""")
+CITIES = listed("""Paris London Berlin Tokyo Rome Madrid Vienna Oslo Lisbon Prague Warsaw Dublin Athens Cairo Delhi
+Lima Boston Chicago Denver Dallas Seattle Toronto Sydney Munich Hamburg Milan Zurich Geneva Lyon Porto Kyoto Seoul
+Beijing Shanghai Moscow Istanbul Nairobi Lagos Quito Havana""")
 NUMBER_WORDS = listed("zero one two three four five six seven eight nine ten eleven twelve")
 
 VERBS = listed("""get find set show add send book open close start stop check list make read write plan count move
@@ -85,36 +89,61 @@ index target source reason comment address street country floor room seat group 
 _ONSETS = listed("b c d f g h j k l m n p r s t v w z br dr fl gr kr pl st tr th sh")
 _VOWELS = listed("a e i o u a e i o ai ea oo")
 _CODAS = ["", "", "", "", *listed("l n r s m t k nd rt ck")]
+_LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
-# With this salt the words of everyday tools (get, find, set, weather, city, date, count, unit …) are in training.
+EVERY_WORD = sorted({*ANIMALS, *COLOURS, *OBJECTS, *PLACES, *NUMBER_WORDS, *VERBS, *NOUNS, *PARAMETERS})
+
+_PLURALS = {"mouse": "mice", "goose": "geese", "sheep": "sheep", "deer": "deer", "fish": "fish", "knife": "knives"}
+_PLURALS |= {"wolf": "wolves", "shelf": "shelves", "scarf": "scarves", "tomato": "tomatoes", "potato": "potatoes"}
+
 _SALT = "glm-13:"
+_PARTS = re.compile(r"[A-Z]?[a-z]+|[A-Z]+|[0-9]+")
 _CHOICE = re.compile(r"\(([^()]*)\)")
 
 
-def is_held_out(stem: str) -> bool:
-    """True for the fifth of all words that occur in no tool, and as no name in a story, of the training corpus."""
-    return zlib.crc32((_SALT + stem.lower()).encode()) % 5 == 0
+def is_held_out(text: str, kind: str = "") -> bool:
+    """True for the fifth of all names and values of a kind that only exams have.
+
+    Writing and order of the words make no difference: getWeather, get_weather and weather_get fall on the same side.
+    A kind of string is split by itself: what is only an exam's parameter may be training's value.
+    """
+    parts = sorted(part.lower() for part in _PARTS.findall(text))
+    return zlib.crc32(f"{_SALT}{kind}{' '.join(parts)}".encode()) % 5 == 0
 
 
-def stem_from(rng: random.Random, words: Sequence[str], held_out: bool) -> str:
-    """A word of the list on the wanted side of the split."""
-    while is_held_out(word := rng.choice(words)) != held_out:
+def on_side(rng: random.Random, held_out: bool, kind: str, make: Callable[[random.Random], str]) -> str:
+    """What `make` makes, drawn until it is on the wanted side of the split."""
+    while is_held_out(text := make(rng), kind) != held_out:
         pass
-    return word
+    return text
 
 
-def invented(rng: random.Random, held_out: bool) -> str:
-    """A made-up word of two or three syllables, lower case, on the wanted side of the split."""
-    while True:
-        syllables = rng.choice((2, 2, 3))
-        word = "".join(rng.choice(_ONSETS) + rng.choice(_VOWELS) for _ in range(syllables)) + rng.choice(_CODAS)
-        if is_held_out(word) == held_out:
-            return word
+def invented(rng: random.Random) -> str:
+    """A made-up word of two or three syllables, lower case."""
+    syllables = rng.choice((2, 2, 3))
+    return "".join(rng.choice(_ONSETS) + rng.choice(_VOWELS) for _ in range(syllables)) + rng.choice(_CODAS)
+
+
+def any_word(rng: random.Random, words: Sequence[str] = EVERY_WORD) -> str:
+    """A word of the list, an invented one, or now and then letters that make no word."""
+    kind = rng.random()
+    if kind < 0.6:
+        return rng.choice(words)
+    return invented(rng) if kind < 0.97 else "".join(rng.choices(_LETTERS, k=rng.randint(3, 6)))
+
+
+def _name(rng: random.Random) -> str:
+    return rng.choice(FIRST_NAMES) if rng.random() < 0.5 else invented(rng).capitalize()
 
 
 def first_name(rng: random.Random, held_out: bool) -> str:
     """A common or an invented first name."""
-    return stem_from(rng, FIRST_NAMES, held_out) if rng.random() < 0.4 else invented(rng, held_out).capitalize()
+    return on_side(rng, held_out, "", _name)
+
+
+def person(rng: random.Random) -> str:
+    """A first name, or one with a family name."""
+    return _name(rng) if rng.random() < 0.6 else f"{_name(rng)} {_name(rng)}"
 
 
 def say(rng: random.Random, pattern: str) -> str:
@@ -126,6 +155,14 @@ def say(rng: random.Random, pattern: str) -> str:
 
 def with_article(noun: str) -> str:
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+
+
+def plural(noun: str) -> str:
+    if noun in _PLURALS:
+        return _PLURALS[noun]
+    if noun.endswith(("s", "x", "z", "ch", "sh")):
+        return noun + "es"
+    return noun[:-1] + "ies" if noun[-1] == "y" and noun[-2] not in "aeiou" else noun + "s"
 
 
 def capital(text: str) -> str:
