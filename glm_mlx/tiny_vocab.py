@@ -40,10 +40,10 @@ But it will show that the program works, from the first byte of the file to the 
 """
 
 # GLM's names, in the order of GLM's ids. Type 3 is control, 4 is user-defined (a tag that text may show).
-_CONTROL = ["<|endoftext|>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>"]
-_ROLES = ["<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"]
-_TAGS = ["<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"]
-_ARGUMENT_TAGS = ["<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"]
+CONTROL = ["<|endoftext|>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>"]
+CONTROL += ["<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"]
+TAGS = ["<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"]
+TAGS += ["<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"]
 
 
 def _learn_merges(text: str, count: int) -> list[tuple[str, str]]:
@@ -77,16 +77,18 @@ def _merge(word: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
 
 def tiny_vocabulary() -> dict[str, Any]:
     """The `tokenizer.*` metadata of the tiny model, as plain Python values."""
-    merges = _learn_merges(_TEXT, MERGES)
+    return vocabulary_metadata(_learn_merges(_TEXT, MERGES))
+
+
+def vocabulary_metadata(merges: list[tuple[str, str]]) -> dict[str, Any]:
+    """The `tokenizer.*` metadata of a vocabulary: the bytes, what the merges make, then GLM's control tokens."""
     plain = [*BYTE_CHARS, *(left + right for left, right in merges)]
-    control = _CONTROL + _ROLES
-    tags = _TAGS + _ARGUMENT_TAGS
-    tokens = plain + control + tags
+    tokens = plain + CONTROL + TAGS
     return {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "glm4",
         "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": [1] * len(plain) + [3] * len(control) + [4] * len(tags),
+        "tokenizer.ggml.token_type": [1] * len(plain) + [3] * len(CONTROL) + [4] * len(TAGS),
         "tokenizer.ggml.merges": [f"{left} {right}" for left, right in merges],
         "tokenizer.ggml.bos_token_id": tokens.index("[gMASK]"),
         "tokenizer.ggml.eos_token_id": tokens.index("<|endoftext|>"),

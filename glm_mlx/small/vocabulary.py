@@ -18,16 +18,10 @@ from typing import Any
 import tokenizers
 from tokenizers import models, pre_tokenizers, trainers
 
-from glm_mlx.chat import GLM_TEMPLATE
 from glm_mlx.small.corpus import conversations, segments
 from glm_mlx.small.words import CITIES, EVERY_WORD, FIRST_NAMES
+from glm_mlx.tiny_vocab import CONTROL, TAGS, vocabulary_metadata
 from glm_mlx.tokenizer import BYTE_CHARS
-
-# GLM's names, in the order of GLM's ids, as in `glm_mlx.tiny_vocab`.
-CONTROL = ["<|endoftext|>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>"]
-CONTROL += ["<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"]
-TAGS = ["<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"]
-TAGS += ["<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"]
 
 _CONVERSATIONS = 8_000  # about 4 MB of text
 _SPACED_SHARE = 0.35  # of the merges at most, those that join a space and a common word
@@ -47,23 +41,7 @@ def train_vocabulary(seed: int, size: int = 2048) -> dict[str, Any]:
                 pieces.update(_PIECE.findall(text))
                 spaced.update(re.findall(r"(?<= )[^\W\d_]+", text))
     count = size - len(BYTE_CHARS) - len(CONTROL) - len(TAGS)
-    merges = _with_spaces(_learn(pieces, count), spaced, count)
-    plain = [*BYTE_CHARS, *(left + right for left, right in merges)]
-    tokens = plain + CONTROL + TAGS
-    return {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": "glm4",
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": [1] * len(plain) + [3] * len(CONTROL) + [4] * len(TAGS),
-        "tokenizer.ggml.merges": [f"{left} {right}" for left, right in merges],
-        "tokenizer.ggml.bos_token_id": tokens.index("[gMASK]"),
-        "tokenizer.ggml.eos_token_id": tokens.index("<|endoftext|>"),
-        "tokenizer.ggml.padding_token_id": tokens.index("<|endoftext|>"),
-        "tokenizer.ggml.eot_token_id": tokens.index("<|user|>"),
-        "tokenizer.ggml.eom_token_id": tokens.index("<|observation|>"),
-        "tokenizer.ggml.add_bos_token": False,
-        "tokenizer.chat_template": GLM_TEMPLATE,
-    }
+    return vocabulary_metadata(_with_spaces(_learn(pieces, count), spaced, count))
 
 
 def _with_spaces(merges: list[tuple[str, str]], words: Counter[str], count: int) -> list[tuple[str, str]]:
