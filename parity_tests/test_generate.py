@@ -259,11 +259,20 @@ class Terminal:
             os.execv(sys.executable, [*COMMAND, *arguments])
         self.seen = ""
 
-    def wait_for(self, pattern: str, seconds: float = 30) -> str:
-        """Read on until the pattern stands in what came since the last call."""
+    def wait_for(self, pattern: str, seconds: float = 30, press: str = "") -> str:
+        """Read on until the pattern stands in what came since the last call.
+
+        `press` is typed first, and again where nothing comes: a signal that reaches Python just before readline waits
+        for a key is seen only after that key.
+        """
         text, until = "", time.monotonic() + seconds
+        self.type(press)
         while not re.search(pattern, text):
-            ready, _, _ = select.select([self.end], [], [], max(0.0, until - time.monotonic()))
+            left = until - time.monotonic()
+            ready, _, _ = select.select([self.end], [], [], max(0.0, min(left, 2.0) if press else left))
+            if not ready and press and left > 0:
+                self.type(press)
+                continue
             assert ready, f"no {pattern!r} in {text!r}"
             try:
                 text += os.read(self.end, 4096).decode("utf-8", "replace")
@@ -296,8 +305,7 @@ def test_chat_answers_resets_and_survives_ctrl_c(model: str) -> None:
         assert bool(re.search(r"\(\d+ cached\)", figures)) == bool(turn), "a second turn computes only what is new"
     chat.type("/reset\n")
     chat.wait_for("forgotten(.|\n)*> ")
-    chat.type("\x03")
-    chat.wait_for("/exit(.|\n)*> ")
+    chat.wait_for("/exit(.|\n)*> ", press="\x03")
     chat.type("\x04")
     assert chat.exit_code() == 0
     assert "Traceback" not in chat.seen
