@@ -7,7 +7,8 @@ B batch, L new tokens, S cached + new tokens, D hidden_size 2048, H heads 20, R 
 P qk_rope_head_dim 64, N qk_nope_head_dim 192, V v_head_dim 256, E experts 64, K experts per token 4,
 F moe_intermediate_size 1536, T = B * L.
 
-Every call of an `_ops` function is a seam where a kernel of the same contract can stand.
+Each function of `kernels` launches its kernel where there is a GPU and the tokens are few, and else computes the same
+with MLX's operations; those named `_ops` have no kernel yet.
 """
 
 import math
@@ -17,12 +18,12 @@ import mlx.core as mx
 
 from glm_mlx.cache import LatentCache
 from glm_mlx.config import Config
-from kernels.experts_down import experts_down_ops
-from kernels.experts_gate_up import experts_gate_up_ops, swiglu_ops
+from kernels.experts_down import experts_down
+from kernels.experts_gate_up import experts_gate_up, swiglu_ops
 from kernels.mla_decode import mla_decode_ops
 from kernels.planes import Weight
-from kernels.qmv import embed_ops, head_qmv_ops, qmv_ops
-from kernels.route import route_ops
+from kernels.qmv import embed_ops, head_qmv_ops, qmv, qmv_all
+from kernels.route import route
 
 Tap = Callable[[str, mx.array], None]  # sees named intermediate values; the parity tests' way in
 
@@ -93,14 +94,15 @@ class Attention:
         batch, length, _ = x.shape
 
         if self.q_proj is not None:
-            q = qmv_ops(x, self.q_proj)
+            q, kv_a = qmv_all(x, (self.q_proj, self.kv_a_proj))
         else:
-            q = qmv_ops(rms_norm(qmv_ops(x, self.q_a_proj), self.q_a_layernorm, cfg.rms_norm_eps), self.q_b_proj)
+            q_a, kv_a = qmv_all(x, (self.q_a_proj, self.kv_a_proj))
+            q = qmv(rms_norm(q_a, self.q_a_layernorm, cfg.rms_norm_eps), self.q_b_proj)
         q = q.reshape(batch, length, cfg.num_heads, cfg.qk_head_dim).swapaxes(1, 2)
         q_nope, q_pe = mx.split(q, [cfg.qk_nope_head_dim], axis=-1)  # (B, H, L, N), (B, H, L, P)
         q_pe = self._rope(q_pe, cache.offset)
 
-        latent, k_pe = mx.split(qmv_ops(x, self.kv_a_proj), [cfg.kv_lora_rank], axis=-1)  # (B, L, R), (B, L, P)
+        latent, k_pe = mx.split(kv_a, [cfg.kv_lora_rank], axis=-1)  # (B, L, R), (B, L, P)
         latent = rms_norm(latent, self.kv_a_layernorm, cfg.rms_norm_eps)
         k_pe = self._rope(k_pe[:, None], cache.offset)[:, 0]
         tap("q", mx.concatenate([q_nope, q_pe], axis=-1).swapaxes(1, 2))
@@ -115,7 +117,7 @@ class Attention:
             mx.concatenate([q_latent, q_pe], axis=-1), rows, cache.offset, cfg.softmax_scale, cfg.kv_lora_rank
         )
         out = head_qmv_ops(out, self.v_b)  # (B, H, L, V)
-        return qmv_ops(out.swapaxes(1, 2).reshape(batch, length, -1), self.o_proj)
+        return qmv(out.swapaxes(1, 2).reshape(batch, length, -1), self.o_proj)
 
     def _rope(self, x: mx.array, offset: int) -> mx.array:
         """Rotate pairs (2i, 2i + 1) of (B, heads, L, P)."""
@@ -128,8 +130,8 @@ class MLP:
     def __init__(self, weights: Weights):
         self.gate_proj, self.up_proj, self.down_proj = (weights[f"{n}_proj"] for n in ("gate", "up", "down"))
 
-    def __call__(self, x: mx.array, tap: Tap = no_tap) -> mx.array:
-        return qmv_ops(swiglu_ops(qmv_ops(x, self.gate_proj), qmv_ops(x, self.up_proj)), self.down_proj)
+    def __call__(self, x: mx.array, residual: mx.array, tap: Tap = no_tap) -> mx.array:
+        return residual + qmv(swiglu_ops(*qmv_all(x, (self.gate_proj, self.up_proj))), self.down_proj)
 
 
 class MoE:
@@ -144,12 +146,12 @@ class MoE:
             weights.get(f"shared_experts.{n}_proj") for n in ("gate", "up", "down")
         )
 
-    def __call__(self, x: mx.array, tap: Tap = no_tap) -> mx.array:
+    def __call__(self, x: mx.array, residual: mx.array, tap: Tap = no_tap) -> mx.array:
         cfg = self.cfg
         rows = x.reshape(-1, x.shape[-1])  # (T, D)
         # float32: the biases of e_score_correction_bias differ by less than half precision resolves.
-        router_logits = qmv_ops(rows.astype(mx.float32), self.gate)  # (T, E)
-        experts, weights = route_ops(
+        router_logits = qmv(rows.astype(mx.float32), self.gate)  # (T, E)
+        experts, weights = route(
             router_logits,
             self.e_score_correction_bias,
             cfg.num_experts_per_tok,
@@ -160,10 +162,18 @@ class MoE:
         tap("router_logits", router_logits)
         tap("experts", experts)
         tap("expert_weights", weights)
-        hidden, shared_hidden = experts_gate_up_ops(
+        hidden, shared_hidden = experts_gate_up(
             rows, self.gate_proj, self.up_proj, experts, self.shared_gate, self.shared_up
         )
-        y = experts_down_ops(hidden, shared_hidden, self.down_proj, self.shared_down, experts, weights)
+        y = experts_down(
+            hidden,
+            shared_hidden,
+            self.down_proj,
+            self.shared_down,
+            experts,
+            weights,
+            residual.reshape(rows.shape),
+        )
         return y.reshape(x.shape)
 
 
@@ -184,9 +194,8 @@ class Block:
         x = x + attn_out
         ffn_norm = rms_norm(x, self.post_attention_layernorm, self.eps)
         tap("ffn_norm", ffn_norm)
-        ffn_out = self.mlp(ffn_norm, tap)
-        tap("ffn_out", ffn_out)
-        out = x + ffn_out
+        out = self.mlp(ffn_norm, x, tap)
+        tap("ffn_out", out - x)
         tap("out", out)
         return out
 
@@ -218,7 +227,7 @@ class Model:
 
     def logits(self, x: mx.array) -> mx.array:
         """(B, L, D) -> (B, L, vocabulary) float32"""
-        return qmv_ops(rms_norm(x, self.norm, self.cfg.rms_norm_eps), self.lm_head).astype(mx.float32)
+        return qmv(rms_norm(x, self.norm, self.cfg.rms_norm_eps), self.lm_head).astype(mx.float32)
 
 
 def activation_dtype() -> mx.Dtype:

@@ -1,9 +1,14 @@
 """Multiply rows by quantised matrices.
 
-qmv_ops(x, w) -> y
+qmv(x, w) -> y, qmv_ops(x, w) -> y
     x  (..., L, cols)     float32, bfloat16 or float16
-    w  (rows, cols)       a `Weight`, or (..., rows, cols) with the leading dimensions of x
+    w  (rows, cols)       a `Weight`; for `qmv_ops` also (..., rows, cols) with the leading dimensions of x
     y  (..., L, rows)     dtype of x; summed in float32
+
+qmv_all(x, weights) -> [y, ...]: several matrices of one x, in one launch.
+
+The kernel takes up to 8 rows of x and reads the planes of each matrix once, at the file's own bits; a simdgroup
+computes a few rows of one matrix, a lane every 32nd chunk of eight columns. More rows go to MLX's matmul.
 
 head_qmv_ops(x, w) -> y
     x  (B, H, L, cols)
@@ -19,9 +24,50 @@ gather_qmv_ops(x, w, experts) -> y
 The weights are never expanded, except IQ4_NL's, which MLX's affine matmul cannot hold.
 """
 
+from collections.abc import Sequence
+from functools import cache
+
 import mlx.core as mx
 
+from kernels import launcher
 from kernels.planes import GROUP, QuantizedTensor, Weight, dequantize_ops, group_scales
+
+ROWS, SIMDGROUPS = 2, 4  # rows of a simdgroup, simdgroups of a threadgroup
+
+
+def qmv(x: mx.array, w: Weight) -> mx.array:
+    return qmv_all(x, (w,))[0]
+
+
+def qmv_all(x: mx.array, weights: Sequence[Weight]) -> list[mx.array]:
+    tokens = x.size // x.shape[-1]
+    back_end = launcher.back_end("qmv") if tokens <= launcher.MAX_TOKENS else None
+    if back_end is None or not launcher.fits(*weights):
+        return [qmv_ops(x, w) for w in weights]
+    launch = _launch(back_end, tokens, x.dtype, tuple(launcher.kind(w) for w in weights))
+    planes = [plane for w in weights for plane in launcher.planes(w)]
+    return [y.reshape(*x.shape[:-1], -1) for y in launch(x, *planes)]
+
+
+@cache
+def _launch(
+    back_end: launcher.BackEnd, tokens: int, dtype: mx.Dtype, kinds: tuple[launcher.Kind, ...]
+) -> launcher.Launch:
+    blocks, matrices = 0, []
+    for i, (_, (rows, _)) in enumerate(kinds):
+        matrices.append(f"DO(W{i}, y{i}, {blocks}, {rows})")
+        blocks += -(-rows // ROWS)
+    return launcher.prepare(
+        back_end,
+        "qmv",
+        inputs=["x"],
+        weights={f"W{i}": kind for i, kind in enumerate(kinds)},
+        outputs={f"y{i}": ((tokens, shape[0]), dtype) for i, (_, shape) in enumerate(kinds)},
+        template={"T": dtype, "TOKENS": tokens, "COLS": kinds[0][1][1], "ROWS": ROWS, "SIMDGROUPS": SIMDGROUPS},
+        defines={"MATRICES(DO)": " ".join(matrices)},
+        threadgroups=(-(-blocks // SIMDGROUPS), 1, 1),
+        simdgroups=SIMDGROUPS,
+    )
 
 
 def qmv_ops(x: mx.array, w: Weight) -> mx.array:

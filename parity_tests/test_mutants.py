@@ -133,7 +133,7 @@ def attend(change: Callable[..., tuple[Any, ...]]) -> Plant:
 
 def route(change: Callable[..., tuple[Any, ...]]) -> Plant:
     """Call the routing op with changed arguments (logits, bias, top_k, gating, normalize, scale)."""
-    return instead(glm_mlx.model, "route_ops", lambda op: lambda *args: op(*change(*args)))
+    return instead(glm_mlx.model, "route", lambda op: lambda *args: op(*change(*args)))
 
 
 def without_shared_expert(moe: MoE) -> None:
@@ -196,7 +196,7 @@ MUTANTS = {
     ),
     "cache rows shifted by one": Mutant(instead(LatentCache, "update", stale_cache), "decode"),
     "selection bias used as weight": Mutant(
-        instead(glm_mlx.model, "route_ops", lambda op: route_with_biased_weights), "layers.1.expert_weights"
+        instead(glm_mlx.model, "route", lambda op: route_with_biased_weights), "layers.1.expert_weights"
     ),
     "selection bias ignored": Mutant(
         route(lambda logits, bias, *rest: (logits, None, *rest)), "layers.1.expert_weights", TinySpec(seed=3)
@@ -211,7 +211,7 @@ MUTANTS = {
     ),
     "softmax gating read as sigmoid": Mutant(change_config(gating="sigmoid"), "layers.1.expert_weights", LITE),
     "each choice runs the next expert": Mutant(
-        instead(glm_mlx.model, "experts_gate_up_ops", next_expert), "layers.1.ffn_out"
+        instead(glm_mlx.model, "experts_gate_up", next_expert), "layers.1.ffn_out"
     ),
     "gate and up swapped": Mutant(after_init(MoE, swap_gate_and_up), "layers.1.ffn_out"),
     "no shared expert": Mutant(after_init(MoE, without_shared_expert), "layers.1.ffn_out"),

@@ -96,5 +96,5 @@ def test_experts_agree_with_float64(tokens: int, shared: bool) -> None:
             want[t] += parts[2][1] @ swiglu(parts[0][1] @ x[t], parts[1][1] @ x[t])
     w_gate, w_up, w_down = (part[0] if shared else None for part in parts)
     hidden, shared_hidden = experts_gate_up_ops(mx.array(x), gate, up, mx.array(experts), w_gate, w_up)
-    got = experts_down_ops(hidden, shared_hidden, down, w_down, mx.array(experts), mx.array(weights))
+    got = experts_down_ops(hidden, shared_hidden, down, w_down, mx.array(experts), mx.array(weights), None)
     check("matmul", np.array(got), want, "experts")

@@ -37,7 +37,17 @@ MODES = {
     "fast": [*_EXECUTE, "-c", "-O2", _TARGET],
     # No vectors, no memcpy made of loops, no loop taken to end: every access and every turn stays visible.
     "trace": [
-        *(*_EXECUTE, "-c", "-O1", _TARGET, "-gline-tables-only", "-fno-vectorize", "-fno-slp-vectorize"),
+        *(
+            *_EXECUTE,
+            "-c",
+            "-O1",
+            _TARGET,
+            "-gline-tables-only",
+            "-fno-vectorize",
+            "-fno-slp-vectorize",
+            "-mllvm",
+            "-disable-vector-combine",
+        ),
         *("-fno-builtin", "-fno-finite-loops", "-ftrivial-auto-var-init=pattern"),
         "-fsanitize-coverage=edge,no-prune,trace-pc-guard,trace-loads,trace-stores",
         # array-bounds and not bounds: the latter brings local-bounds, which traps instead of calling us.

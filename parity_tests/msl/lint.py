@@ -98,6 +98,8 @@ def _program_scope(bare: str) -> Iterator[tuple[int, str]]:
             outside[head:end] = [c if c == "\n" else " " for c in bare[head:end]]
             outside[end - 1] = "}"
             last = end
+    for m in re.finditer(r"\b(?:struct|enum)\s*\w*\s*\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\}", bare):  # members
+        outside[m.start() : m.end() - 1] = " " * (m.end() - 1 - m.start())
     for m in re.finditer(r"(?:^|[;}])([^;{}#]*?)\b(\w+)\s*(?:\[[^\]]*\]\s*)*(?:=|;|\{)", "".join(outside)):
         words = re.sub(r"template\s*<[^>]*>", "", m[1]).split()
         if words and not {"constant", "struct", "using", "typedef", "enum", "namespace"} & set(words):

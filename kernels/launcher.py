@@ -1,0 +1,196 @@
+"""Builds and launches the kernels: one Metal text for `mx.fast.metal_kernel` and for `mx.fast.cuda_kernel`.
+
+`<op>.metal` is the body of a kernel. Before it stand, as its header, `quants.h.metal`, the op's own `<op>.h.metal` if
+there is one, and lines that say which weights it gets. On NVIDIA, `cuda_prelude.h` stands before all of that and maps
+Metal's words to CUDA's.
+
+An op asks `back_end()`. Without one (a CPU, or kernels switched off) it uses its `_ops` twin. Otherwise it prepares a
+`Launch` for its shapes and types, once, and calls that with the arrays.
+"""
+
+import hashlib
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeAlias, cast
+
+import mlx.core as mx
+
+from kernels.planes import QUANT_TYPES, QuantizedTensor, Weight
+
+HERE = Path(__file__).resolve().parent
+MAX_THREADS = 1024  # in a threadgroup
+MAX_THREADGROUP_BYTES = 32 << 10
+MAX_BUFFERS = 31
+MAX_TOKENS = 8  # rows of activations that a decode kernel takes; with more, MLX's matmuls are faster
+LANES = 32
+
+# mx.fast.metal_kernel or mx.fast.cuda_kernel
+BackEnd: TypeAlias = Callable[..., Callable[..., list[mx.array]]]
+# What a launch must know of a weight: (type, shape), the type as in GGUF.
+Kind: TypeAlias = tuple[str, tuple[int, ...]]
+
+_DENSE = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16"}
+_DENSE_TEXT = {"F32": "float", "F16": "float16_t", "BF16": "bfloat16_t"}
+_avoided: set[str] = set()
+
+
+class KernelRefusedError(ValueError):
+    """A launch that no device could run, and why."""
+
+
+def back_end(op: str) -> BackEnd | None:
+    """What launches the kernel of an op on the default device; None where its twin must do."""
+    if op in _avoided or mx.default_device() != mx.Device(mx.gpu):
+        return None
+    return cast(BackEnd, mx.fast.metal_kernel if mx.metal.is_available() else mx.fast.cuda_kernel)
+
+
+@contextmanager
+def avoiding(*ops: str) -> Iterator[None]:
+    """Within the block these ops use their twins; all of them if none is named."""
+    before = set(_avoided)
+    _avoided.update(ops or OPS)
+    try:
+        yield
+    finally:
+        _avoided.clear()
+        _avoided.update(before)
+
+
+def avoid(op: str) -> None:
+    """From now on the op uses its twin: its kernel does not work on this device."""
+    _avoided.add(op)
+
+
+OPS = ("qmv", "experts_gate_up", "experts_down", "route")
+
+
+def kind(weight: Weight) -> Kind:
+    if isinstance(weight, QuantizedTensor):
+        return weight.type.name, weight.shape
+    return _DENSE[weight.dtype], tuple(weight.shape)
+
+
+def fits(*weights: Weight | None) -> bool:
+    """Whether kernels can read these. None stands for a weight that a model does not have.
+
+    MLX hands Metal an array of fewer than 8 elements as `constant`, which the text's `device` pointers are not; offsets
+    are 32 bits wide; rows are read eight values at a time.
+    """
+    return all(
+        weight is None
+        or (
+            weight.shape[-1] % 8 == 0
+            and all(8 <= plane.size < 1 << 32 for plane in planes(weight))
+            and (isinstance(weight, QuantizedTensor) or weight.dtype in _DENSE)
+        )
+        for weight in weights
+    )
+
+
+def planes(weight: Weight) -> tuple[mx.array, ...]:
+    return weight.planes if isinstance(weight, QuantizedTensor) else (weight,)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel with everything but its arrays."""
+
+    kernel: Callable[..., list[mx.array]]
+    template: list[tuple[str, Any]]
+    grid: tuple[int, int, int]
+    threadgroup: tuple[int, int, int]
+    output_shapes: list[tuple[int, ...]]
+    output_dtypes: list[mx.Dtype]
+
+    def __call__(self, *arrays: mx.array) -> list[mx.array]:
+        """`arrays`: the plain inputs, then the planes of the weights, in the order that `prepare` was given."""
+        return self.kernel(
+            inputs=arrays,
+            template=self.template,
+            grid=self.grid,
+            threadgroup=self.threadgroup,
+            output_shapes=self.output_shapes,
+            output_dtypes=self.output_dtypes,
+        )
+
+
+def prepare(
+    back_end: BackEnd,
+    op: str,
+    *,
+    inputs: Sequence[str],
+    weights: Mapping[str, Kind],
+    outputs: Mapping[str, tuple[tuple[int, ...], mx.Dtype]],
+    template: Mapping[str, int | bool | mx.Dtype],
+    threadgroups: tuple[int, int, int],
+    simdgroups: int,
+    defines: Mapping[str, str] | None = None,
+    threadgroup_bytes: int = 0,
+) -> Launch:
+    """The launch of `<op>.metal` with so many threadgroups of so many simdgroups.
+
+    weights: by the name that the text has for each, in capitals; its planes become inputs. defines: more names for the
+    text. Raises KernelRefusedError, naming the op, for what Metal or CUDA could not run.
+    """
+    names = [*inputs]
+    lines = [f"#define {name} {value}\n" for name, value in (defines or {}).items()]
+    for name, (kind_name, shape) in weights.items():
+        struct, plane_names = _struct(kind_name, shape[-1])
+        plane_names = [f"{name.lower()}_{plane}" for plane in plane_names]
+        lines.append(f"#define {name} {struct}{{{', '.join(plane_names)}}}\n")
+        names += plane_names
+    threads = simdgroups * LANES
+    if not 0 < threads <= MAX_THREADS:
+        raise KernelRefusedError(f"{op}: {threads} threads in a threadgroup; 32 to {MAX_THREADS} are possible")
+    if threadgroup_bytes > MAX_THREADGROUP_BYTES:
+        raise KernelRefusedError(
+            f"{op}: {threadgroup_bytes} bytes of threadgroup memory; {MAX_THREADGROUP_BYTES} at most"
+        )
+    if len(names) + len(outputs) > MAX_BUFFERS:
+        raise KernelRefusedError(f"{op}: {len(names) + len(outputs)} buffers; {MAX_BUFFERS} at most")
+    if min(threadgroups) < 1:
+        raise KernelRefusedError(f"{op}: an empty grid of {threadgroups} threadgroups")
+    own = HERE / f"{op}.h.metal"
+    header = _text("quants.h.metal") + (own.read_text() if own.exists() else "") + "".join(lines)
+    body = _text(f"{op}.metal")
+    if back_end is mx.fast.cuda_kernel:
+        # CUDA's word for a threadgroup's array differs from its word for a pointer to one, which is none.
+        body = re.sub(r"^(\s*)threadgroup (?=\w+ \w+\[)", r"\1__shared__ ", body, flags=re.MULTILINE)
+        header = _text("cuda_prelude.h") + header
+    # MLX keeps a compiled kernel by its name and its template alone.
+    digest = hashlib.sha256((header + body).encode()).hexdigest()[:12]
+    kernel = back_end(name=f"{op}_{digest}", input_names=names, output_names=list(outputs), source=body, header=header)
+    return Launch(
+        kernel,
+        list(template.items()),
+        (threadgroups[0] * threads, threadgroups[1], threadgroups[2]),
+        (threads, 1, 1),
+        [shape for shape, _ in outputs.values()],
+        [dtype for _, dtype in outputs.values()],
+    )
+
+
+@cache
+def _text(name: str) -> str:
+    return (HERE / name).read_text()
+
+
+def _struct(kind_name: str, cols: int) -> tuple[str, list[str]]:
+    """The text's type for a weight with rows of `cols` values, and its planes in order."""
+    if kind_name in _DENSE_TEXT:
+        return f"Dense<{_DENSE_TEXT[kind_name]}, {cols}>", ["values"]
+    quant = QUANT_TYPES[kind_name]
+    code = "Iq4Nl" if kind_name == "IQ4_NL" else f"Linear<{quant.bits}, {quant.zero}>"
+    struct = {
+        (False, False): "Scaled",
+        (True, False): "ScaledMin",
+        (True, True): "SuperMin",
+        (False, True): "Super",
+    }[quant.has_mins, quant.is_super]
+    plane_names = ["quants", "scales", *["mins"] * quant.has_mins, *["sub_scales"] * quant.is_super]
+    return f"{struct}<{code}, {cols}>", plane_names
