@@ -4,9 +4,9 @@ What a conversation is about (several turns mix; `tools` stays with one set of t
 
 | task | share | what |
 |---|---|---|
-| tools | 32 % | a call or two from schemas, results, an answer; sometimes no tool fits |
-| story | 18 % | a story told or given, and questions about it |
-| addition | 12 % | 1 to 3 digits, 2 most often, worked digit by digit from the right |
+| tools | 36 % | a call or two from schemas, results, an answer; sometimes no tool fits |
+| story | 16 % | a story told or given, and questions about it |
+| addition | 10 % | 1 to 3 digits, 2 most often, worked digit by digit from the right |
 | subtraction | 6 % | the same |
 | sorting, counting | 4 % each | three to six words; one to nine words |
 | project | 6 % | what this model and this program are |
@@ -29,9 +29,9 @@ from glm_mlx.small.turns import Message, Style, Turn
 from glm_mlx.tokenizer import Tokenizer
 
 TASKS = {
-    "tools": 32.0,
-    "story": 18.0,
-    "addition": 12.0,
+    "tools": 36.0,
+    "story": 16.0,
+    "addition": 10.0,
     "subtraction": 6.0,
     "sorting": 4.0,
     "counting": 4.0,
