@@ -335,7 +335,7 @@ def test_what_an_exam_wants_copied_has_tokens_that_training_copies(tokenizer):
     assert sum(count < 12 for count in rarest) < 0.30 * len(rarest)
 
 
-def test_reasoning_says_which_value_is_whose_and_calls_follow_the_schema():
+def test_reasoning_names_the_tools_alone_and_calls_follow_the_schema():
     seen = 0
     for conversation in many(300, seed=16, task="tools"):
         order = {
@@ -349,9 +349,7 @@ def test_reasoning_says_which_value_is_whose_and_calls_follow_the_schema():
                 if conversation.thinking:
                     seen += 1
                     assert name in message["reasoning_content"]
-                    for key, value in arguments.items():
-                        shown = value if isinstance(value, str) else json.dumps(value)
-                        assert re.search(rf'[( ]{key}="?{re.escape(shown)}"?[,)]', message["reasoning_content"])
+                    assert "=" not in message["reasoning_content"]
     assert seen > 150
 
 
