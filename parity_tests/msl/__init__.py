@@ -10,7 +10,9 @@ compiler  an installed clang of 17 or later, or the one inside `ziglang`; object
 lint      what Apple's compiler refuses and clang accepts
 shim/     Metal's standard library, as much of it as our kernels need
 simt.cpp  one fiber per GPU thread, with every access to memory checked
+device    a block of code that takes this machine for one with a GPU
 executor  puts the above together: `executing`
+nvrtc     the same launches as CUDA, compiled by NVRTC: `compiling_cuda`
 traffic   bytes, lines and barriers of a launch
 
 What this cannot show: that Apple's compiler accepts the text (the shim is our reading of Metal), how fast it is, how
@@ -20,6 +22,7 @@ Prefetched or cached reads are not modelled. x86-64 Linux; arm64 Linux has a con
 
 from parity_tests.msl.capture import KernelError
 from parity_tests.msl.executor import executing
+from parity_tests.msl.nvrtc import CudaReport, compiling_cuda
 from parity_tests.msl.traffic import BufferTraffic, LaunchReport
 
-__all__ = ["BufferTraffic", "KernelError", "LaunchReport", "executing"]
+__all__ = ["BufferTraffic", "CudaReport", "KernelError", "LaunchReport", "compiling_cuda", "executing"]

@@ -8,6 +8,7 @@ arguments is not documented, so `capture` checks their types and says so when th
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 import mlx.core as mx
@@ -45,18 +46,28 @@ def capture(name: str, kernel: Callable[..., Any], inputs: Sequence[mx.array], c
         case [[str(), str(text), *rest]] if len(rest) >= 7 and all(isinstance(n, int) for n in rest[:6]):
             launch = Launch(name, text, tuple(rest[:3]), tuple(rest[3:6]), rest[6])
         case _:
-            raise KernelError(f"{name}: MLX {mx.__version__} describes a custom kernel in a way unknown here: {found}")
-    check_launch(launch)
+            raise KernelError(f"{name}: MLX {version('mlx')} describes a custom kernel in a way unknown here: {found}")
+    check_launch(name, launch.grid, launch.threadgroup)
     return launch
 
 
-def check_launch(launch: Launch) -> None:
-    """Refuses what no device here could run, or what Metal and CUDA would run differently."""
-    threads = launch.threadgroup[0] * launch.threadgroup[1] * launch.threadgroup[2]
-    if not 0 < threads <= MAX_THREADS:
-        raise KernelError(f"{launch.name}: {threads} threads in a threadgroup; Metal allows 1 to {MAX_THREADS}")
-    if any(g <= 0 or g % t for g, t in zip(launch.grid, launch.threadgroup, strict=True)):
+def with_dimensions(name: str, inputs: Sequence[Any]) -> list[mx.array]:
+    """The inputs as arrays; refuses those without dimensions."""
+    arrays = [a if isinstance(a, mx.array) else mx.array(a) for a in inputs]
+    if any(a.ndim == 0 for a in arrays):
         raise KernelError(
-            f"{launch.name}: grid {launch.grid} is not a multiple of threadgroup {launch.threadgroup}: "
+            f"{name}: an input without dimensions is a reference in Metal and a pointer in CUDA: use (1,)"
+        )
+    return arrays
+
+
+def check_launch(name: str, grid: tuple[int, int, int], threadgroup: tuple[int, int, int]) -> None:
+    """Refuses what no device here could run, or what Metal and CUDA would run differently."""
+    threads = threadgroup[0] * threadgroup[1] * threadgroup[2]
+    if not 0 < threads <= MAX_THREADS:
+        raise KernelError(f"{name}: {threads} threads in a threadgroup; Metal allows 1 to {MAX_THREADS}")
+    if any(g <= 0 or g % t for g, t in zip(grid, threadgroup, strict=True)):
+        raise KernelError(
+            f"{name}: grid {grid} is not a multiple of threadgroup {threadgroup}: "
             "Metal would trim the last threadgroup, and CUDA would not"
         )

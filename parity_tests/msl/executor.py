@@ -5,7 +5,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 from unittest import mock
 
 import mlx.core as mx
@@ -14,7 +14,8 @@ import numpy.typing as npt
 from elftools.elf.elffile import ELFFile
 
 from parity_tests.msl import compiler
-from parity_tests.msl.capture import KernelError, Launch, capture
+from parity_tests.msl.capture import KernelError, Launch, capture, with_dimensions
+from parity_tests.msl.device import posing_as
 from parity_tests.msl.lint import lint_llvm, lint_text
 from parity_tests.msl.source import Unit, translate
 from parity_tests.msl.traffic import BufferTraffic, LaunchReport
@@ -36,6 +37,8 @@ _NUMPY = {
     mx.bool_: np.bool_,
 }
 _Array = npt.NDArray[Any]
+_Outputs: TypeAlias = list[mx.array]
+_run_here: Callable[[str, Callable[..., Any], Sequence[Any], dict[str, Any]], _Outputs] | None = None  # in a block
 _INPUT, _OUTPUT = 0, 1
 
 
@@ -85,49 +88,43 @@ def executing(mode: str = "trace", seed: int = 1) -> Iterator[list[LaunchReport]
     mode 'trace': type check, lint, every access checked, three orders of the lanes that must give the same bits.
     mode 'fast': type check and lint, then one run without checks, for real shapes; its reports count no bytes.
 
-    `mx.metal.is_available()` is true in the block and `mx.compile` does nothing, because a kernel here needs values.
-    Kernels must be built in the block, so a launcher that keeps them must not have been asked before; one that was
-    built here launches as usual after the block. Inputs that are not row-contiguous are copied first, as MLX does by
-    default; a kernel that writes into an input (by casting const away) is refused.
+    In the block MLX says that it has Metal and that its default device is the GPU (device.py). A kernel that was built
+    in any such block is executed here; outside one it launches as usual. Inputs that are not row-contiguous are copied
+    first, as MLX does by default; a kernel that writes into an input (by casting const away) is refused.
     """
+    global _run_here
     if mode not in ("trace", "fast"):
         raise ValueError(f"mode {mode!r}: trace or fast")
     reports: list[LaunchReport] = []
     real: Callable[..., Any] = mx.fast.metal_kernel
-    active = True
 
-    def metal_kernel(name: str, *arguments: Any, **options: Any) -> Callable[..., Any]:
+    def run_here(name: str, kernel: Callable[..., Any], inputs: Sequence[Any], options: dict[str, Any]) -> _Outputs:
+        outputs, report = _execute(name, kernel, inputs, options, mode, seed)
+        reports.append(report)
+        return outputs
+
+    def metal_kernel(name: str, *arguments: Any, **options: Any) -> Callable[..., _Outputs]:
         kernel = real(name, *arguments, **options)
 
-        def call(*, inputs: Sequence[Any], **options: Any) -> list[mx.array]:
-            if not active:
+        def call(*, inputs: Sequence[Any], **options: Any) -> _Outputs:
+            if _run_here is None:
                 return list(kernel(inputs=inputs, **options))
-            outputs, report = _execute(name, kernel, inputs, options, mode, seed)
-            reports.append(report)
-            return outputs
+            return _run_here(name, kernel, inputs, options)
 
         return call
 
-    mx.disable_compile()
+    before, _run_here = _run_here, run_here
     try:
-        with (
-            mock.patch.object(mx.fast, "metal_kernel", metal_kernel),
-            mock.patch.object(mx.metal, "is_available", return_value=True),
-        ):
+        with posing_as("metal"), mock.patch.object(mx.fast, "metal_kernel", metal_kernel):
             yield reports
     finally:
-        active = False
-        mx.enable_compile()
+        _run_here = before
 
 
 def _execute(
     name: str, kernel: Callable[..., Any], inputs: Sequence[Any], options: dict[str, Any], mode: str, seed: int
-) -> tuple[list[mx.array], LaunchReport]:
-    arrays = [mx.contiguous(a if isinstance(a, mx.array) else mx.array(a)) for a in inputs]
-    if any(a.ndim == 0 for a in arrays):
-        raise KernelError(
-            f"{name}: an input without dimensions is a reference in Metal and a pointer in CUDA: use (1,)"
-        )
+) -> tuple[_Outputs, LaunchReport]:
+    arrays = [mx.contiguous(a) for a in with_dimensions(name, inputs)]
     launch = capture(name, kernel, arrays, options)
     unit = translate(launch)
     check(unit)
@@ -201,7 +198,7 @@ def _run(
         raise KernelError(f"{where}{kind}: {message} ({ORDERS[order]} order)")
     names = [(name, a.nbytes) for name, a, _ in bound] + [("threadgroup memory", counts.shared_bytes)]
     measured = [
-        BufferTraffic(name, size, *(getattr(t, field) for field, _ in _Traffic._fields_))
+        BufferTraffic(name, size, *(getattr(t, field[0]) for field in _Traffic._fields_))
         for (name, size), t in zip(names, traffic, strict=True)
         if checked
     ]

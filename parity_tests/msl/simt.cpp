@@ -83,7 +83,7 @@ struct Lane {
   ThreadIds ids;
 };
 struct Simdgroup {
-  char slots[2][LANES * 64];  // two, because a fast lane may enter the next exchange while others still read this one
+  alignas(64) char slots[2][LANES * 64];  // two, because a fast lane may enter the next exchange while others still read this one
   int turn;
   uint32_t epoch;  // simdgroup barriers passed
 };

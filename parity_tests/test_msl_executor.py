@@ -112,7 +112,8 @@ GOOD = {
     "simd_sum": Good(Call(IN_GRID + "y[i] = simd_sum(x[i]);"), lambda: by_simdgroup(np.sum)),
     "simd_max and simd_min": Good(Call(IN_GRID + "y[i] = simd_max(x[i]) - simd_min(x[i]);"), lambda: np.full(N, 31.0)),
     "simd_sum of a vector": Good(
-        Call(IN_GRID + "float2 v = simd_sum(float2(x[i], 1.0f)); y[i] = v.x + v.y;"), lambda: by_simdgroup(np.sum) + 32
+        Call(IN_GRID + "float4 v = simd_sum(float4(x[i], 1.0f, 0.0f, 2.0f)); y[i] = v.x + v.y + v.w;"),
+        lambda: by_simdgroup(np.sum) + 96,
     ),
     "shuffles": Good(
         Call(
