@@ -36,10 +36,15 @@ Kind: TypeAlias = tuple[str, tuple[int, ...]]
 _DENSE = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16"}
 _DENSE_TEXT = {"F32": "float", "F16": "float16_t", "BF16": "bfloat16_t"}
 _avoided: set[str] = set()
+_recorded: "list[tuple[Launch, tuple[mx.array, ...]]] | None" = None
 
 
 class KernelRefusedError(ValueError):
-    """A launch that no device could run, and why."""
+    """A launch that no device could run, and why. `op` is the one it was for."""
+
+    def __init__(self, op: str, why: str):
+        super().__init__(f"{op}: {why}")
+        self.op = op
 
 
 def back_end(op: str) -> BackEnd | None:
@@ -98,8 +103,12 @@ def planes(weight: Weight) -> tuple[mx.array, ...]:
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel with everything but its arrays."""
+    """A kernel with everything but its arrays. op, inputs, weights and defines are what `prepare` was given."""
 
+    op: str
+    inputs: tuple[str, ...]
+    weights: dict[str, Kind]
+    defines: dict[str, str]
     kernel: Callable[..., list[mx.array]]
     template: list[tuple[str, Any]]
     grid: tuple[int, int, int]
@@ -109,6 +118,9 @@ class Launch:
 
     def __call__(self, *arrays: mx.array) -> list[mx.array]:
         """`arrays`: the plain inputs, then the planes of the weights, in the order that `prepare` was given."""
+        if _recorded is not None:
+            _recorded.append((self, arrays))
+            return [mx.zeros(*output) for output in zip(self.output_shapes, self.output_dtypes, strict=True)]
         return self.kernel(
             inputs=arrays,
             template=self.template,
@@ -117,6 +129,26 @@ class Launch:
             output_shapes=self.output_shapes,
             output_dtypes=self.output_dtypes,
         )
+
+    def weights_among(self, arrays: Sequence[mx.array]) -> list[Weight]:
+        """The weights, in order, whose planes are among the arrays of a call."""
+        left, found = iter(arrays[len(self.inputs) :]), list[Weight]()
+        for kind_name, shape in self.weights.values():
+            mine = {name: next(left) for name in _struct(kind_name, shape[-1])[1]}
+            dense = kind_name in _DENSE_TEXT
+            found.append(mine["values"] if dense else QuantizedTensor(QUANT_TYPES[kind_name], shape, **mine))
+        return found
+
+
+@contextmanager
+def recording() -> Iterator[list[tuple[Launch, tuple[mx.array, ...]]]]:
+    """Within the block nothing is launched: each launch and its arrays go to the list, and zeros come back."""
+    global _recorded
+    before, _recorded = _recorded, []
+    try:
+        yield _recorded
+    finally:
+        _recorded = before
 
 
 def prepare(
@@ -146,15 +178,14 @@ def prepare(
         names += plane_names
     threads = simdgroups * LANES
     if not 0 < threads <= MAX_THREADS:
-        raise KernelRefusedError(f"{op}: {threads} threads in a threadgroup; 32 to {MAX_THREADS} are possible")
+        raise KernelRefusedError(op, f"{threads} threads in a threadgroup; 32 to {MAX_THREADS} are possible")
     if threadgroup_bytes > MAX_THREADGROUP_BYTES:
-        raise KernelRefusedError(
-            f"{op}: {threadgroup_bytes} bytes of threadgroup memory; {MAX_THREADGROUP_BYTES} at most"
-        )
+        why = f"{threadgroup_bytes} bytes of threadgroup memory; {MAX_THREADGROUP_BYTES} at most"
+        raise KernelRefusedError(op, why)
     if len(names) + len(outputs) > MAX_BUFFERS:
-        raise KernelRefusedError(f"{op}: {len(names) + len(outputs)} buffers; {MAX_BUFFERS} at most")
+        raise KernelRefusedError(op, f"{len(names) + len(outputs)} buffers; {MAX_BUFFERS} at most")
     if min(threadgroups) < 1:
-        raise KernelRefusedError(f"{op}: an empty grid of {threadgroups} threadgroups")
+        raise KernelRefusedError(op, f"an empty grid of {threadgroups} threadgroups")
     own = HERE / f"{op}.h.metal"
     header = _text("quants.h.metal") + (own.read_text() if own.exists() else "") + "".join(lines)
     body = _text(f"{op}.metal")
@@ -166,6 +197,10 @@ def prepare(
     digest = hashlib.sha256((header + body).encode()).hexdigest()[:12]
     kernel = back_end(name=f"{op}_{digest}", input_names=names, output_names=list(outputs), source=body, header=header)
     return Launch(
+        op,
+        tuple(inputs),
+        dict(weights),
+        dict(defines or {}),
         kernel,
         list(template.items()),
         (threadgroups[0] * threads, threadgroups[1], threadgroups[2]),
