@@ -16,7 +16,7 @@ for (uint slot = simdgroup; slot < uint(SLOTS); slot += uint(SIMDGROUPS)) {
     const uint choice = token * uint(TOP_K) + slot;
     const uint base = min(uint(experts[choice]), uint(EXPERTS - 1)) * uint(ROWS_IN_ALL);
     const auto x = hidden + choice * uint(WIDTH);
-    add_rows<ROWS>(
+    add_rows<ROWS, DEPTH>(
         DOWN, x, base + first, base + uint(ROWS_IN_ALL - 1), 0, uint(WIDTH / 8), weights[choice], lane, sums);
   }
 #ifdef SHARED_DOWN
@@ -24,7 +24,7 @@ for (uint slot = simdgroup; slot < uint(SLOTS); slot += uint(SIMDGROUPS)) {
     const uint begin = (slot - uint(TOP_K)) * uint(WIDTH / 8);
     const uint end = min(begin + uint(WIDTH / 8), uint(SHARED_WIDTH / 8));
     const auto x = shared_hidden + token * uint(SHARED_WIDTH);
-    add_rows<ROWS>(SHARED_DOWN, x, first, uint(ROWS_IN_ALL - 1), begin, end, 1.0f, lane, sums);
+    add_rows<ROWS, DEPTH>(SHARED_DOWN, x, first, uint(ROWS_IN_ALL - 1), begin, end, 1.0f, lane, sums);
   }
 #endif
 }

@@ -23,6 +23,7 @@ from kernels import launcher
 from kernels.planes import Weight
 from kernels.qmv import gather_qmv_ops, qmv_ops
 
+DEPTH = 8  # chunks that a lane loads in one go, at most
 ROWS = 4  # rows of a threadgroup
 MAX_SIMDGROUPS = 8  # of a threadgroup
 
@@ -91,6 +92,7 @@ def _launch(
         template={
             "T": dtype,
             "WIDTH": width,
+            "DEPTH": launcher.depth(width, DEPTH),
             "SHARED_WIDTH": shared_width,
             "ROWS_IN_ALL": rows,
             "EXPERTS": num_experts,

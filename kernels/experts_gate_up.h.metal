@@ -1,5 +1,5 @@
 // silu(gate x) * (up x) for rows first .. first + ROWS - 1, by one simdgroup; rows past `last` repeat it.
-template <int ROWS, int COLS, class W, class T>
+template <int ROWS, int DEPTH, int COLS, class W, class T>
 inline void swiglu_rows(W gate, W up, const device T* x, uint first, uint last, uint lane, thread float* hidden) {
   float gates[ROWS];
   float ups[ROWS];
@@ -8,16 +8,31 @@ inline void swiglu_rows(W gate, W up, const device T* x, uint first, uint last, 
     gates[r] = 0.0f;
     ups[r] = 0.0f;
   }
-#pragma unroll 4
-  for (uint begin = 0; begin < uint(COLS / 8); begin += 32) {
-    const uint chunk = begin + lane;
-    if (has_chunk<COLS / 8>(chunk)) {
-      const Eight x8 = load_eight(x + chunk * 8);
+  for (uint begin = lane; begin < uint(COLS / 8); begin += 32 * DEPTH) {
+    Raw raw_gate[ROWS][DEPTH];
+    Raw raw_up[ROWS][DEPTH];
 #pragma unroll
-      for (int r = 0; r < ROWS; ++r) {
-        const uint row = min(first + uint(r), last);
-        gates[r] += dot(load(gate, row, chunk), x8);
-        ups[r] += dot(load(up, row, chunk), x8);
+    for (int d = 0; d < DEPTH; ++d) {
+      const uint chunk = begin + uint(32 * d);
+      if (has_chunk<COLS / 8, DEPTH>(chunk)) {
+#pragma unroll
+        for (int r = 0; r < ROWS; ++r) {
+          const uint row = min(first + uint(r), last);
+          raw_gate[r][d] = load(gate, row, chunk);
+          raw_up[r][d] = load(up, row, chunk);
+        }
+      }
+    }
+#pragma unroll
+    for (int d = 0; d < DEPTH; ++d) {
+      const uint chunk = begin + uint(32 * d);
+      if (has_chunk<COLS / 8, DEPTH>(chunk)) {
+        const Eight x8 = load_eight(x + chunk * 8);
+#pragma unroll
+        for (int r = 0; r < ROWS; ++r) {
+          gates[r] += dot(decode(gate, raw_gate[r][d], chunk), x8);
+          ups[r] += dot(decode(up, raw_up[r][d], chunk), x8);
+        }
       }
     }
   }

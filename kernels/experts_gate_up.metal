@@ -10,7 +10,7 @@ if (slot < uint(TOP_K)) {
   if (first < uint(WIDTH)) {
     const uint expert = min(uint(experts[token * uint(TOP_K) + slot]), uint(EXPERTS - 1));
     const uint base = expert * uint(WIDTH);
-    swiglu_rows<ROWS, COLS>(GATE, UP, xt, base + first, base + uint(WIDTH - 1), lane, values);
+    swiglu_rows<ROWS, DEPTH, COLS>(GATE, UP, xt, base + first, base + uint(WIDTH - 1), lane, values);
     for (int r = 0; r < ROWS; ++r) {
       if (lane == 0 && first + uint(r) < uint(WIDTH)) {
         hidden[(token * uint(TOP_K) + slot) * uint(WIDTH) + first + uint(r)] = T(values[r]);
@@ -21,7 +21,7 @@ if (slot < uint(TOP_K)) {
 #ifdef SHARED_GATE
 const uint shared_first = (slot - uint(TOP_K)) * uint(WIDTH) + first;
 if (slot >= uint(TOP_K) && first < uint(WIDTH) && shared_first < uint(SHARED_WIDTH)) {
-  swiglu_rows<ROWS, COLS>(SHARED_GATE, SHARED_UP, xt, shared_first, uint(SHARED_WIDTH - 1), lane, values);
+  swiglu_rows<ROWS, DEPTH, COLS>(SHARED_GATE, SHARED_UP, xt, shared_first, uint(SHARED_WIDTH - 1), lane, values);
   for (int r = 0; r < ROWS; ++r) {
     if (lane == 0 && first + uint(r) < uint(WIDTH) && shared_first + uint(r) < uint(SHARED_WIDTH)) {
       shared_hidden[token * uint(SHARED_WIDTH) + shared_first + uint(r)] = T(values[r]);

@@ -21,6 +21,7 @@ from kernels import launcher
 from kernels.planes import Weight
 from kernels.qmv import gather_qmv_ops, qmv_ops
 
+DEPTH = 8  # chunks that a lane loads in one go, at most
 ROWS, SIMDGROUPS = 1, 4  # rows of a simdgroup, simdgroups of a threadgroup
 
 
@@ -62,6 +63,7 @@ def _launch(
     template: dict[str, int | bool | mx.Dtype] = {
         "T": dtype,
         "COLS": cols,
+        "DEPTH": launcher.depth(cols, DEPTH),
         "WIDTH": width,
         "EXPERTS": num_experts,
         "TOP_K": top_k,

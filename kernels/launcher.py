@@ -210,6 +210,12 @@ def prepare(
     )
 
 
+def depth(cols: int, most: int) -> int:
+    """How many chunks of a row a lane loads in one go: at most `most`, and so that no turn is half empty."""
+    turns = -(-cols // (8 * LANES))
+    return max(d for d in range(1, most + 1) if turns % d == 0)
+
+
 @cache
 def _text(name: str) -> str:
     return (HERE / name).read_text()

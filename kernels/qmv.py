@@ -32,6 +32,7 @@ import mlx.core as mx
 from kernels import launcher
 from kernels.planes import GROUP, QuantizedTensor, Weight, dequantize_ops, group_scales
 
+DEPTH = 8  # chunks that a lane loads in one go, at most
 ROWS, SIMDGROUPS = 2, 4  # rows of a simdgroup, simdgroups of a threadgroup
 
 
@@ -53,7 +54,7 @@ def qmv_all(x: mx.array, weights: Sequence[Weight]) -> list[mx.array]:
 def _launch(
     back_end: launcher.BackEnd, tokens: int, dtype: mx.Dtype, kinds: tuple[launcher.Kind, ...]
 ) -> launcher.Launch:
-    blocks, matrices = 0, []
+    blocks, matrices, cols = 0, [], kinds[0][1][1]
     for i, (_, (rows, _)) in enumerate(kinds):
         matrices.append(f"DO(W{i}, y{i}, {blocks}, {rows})")
         blocks += -(-rows // ROWS)
@@ -63,7 +64,14 @@ def _launch(
         inputs=["x"],
         weights={f"W{i}": kind for i, kind in enumerate(kinds)},
         outputs={f"y{i}": ((tokens, shape[0]), dtype) for i, (_, shape) in enumerate(kinds)},
-        template={"T": dtype, "TOKENS": tokens, "COLS": kinds[0][1][1], "ROWS": ROWS, "SIMDGROUPS": SIMDGROUPS},
+        template={
+            "T": dtype,
+            "TOKENS": tokens,
+            "COLS": cols,
+            "DEPTH": launcher.depth(cols, DEPTH),
+            "ROWS": ROWS,
+            "SIMDGROUPS": SIMDGROUPS,
+        },
         defines={"MATRICES(DO)": " ".join(matrices)},
         threadgroups=(-(-blocks // SIMDGROUPS), 1, 1),
         simdgroups=SIMDGROUPS,

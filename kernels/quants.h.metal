@@ -3,10 +3,12 @@
 // Each type of weight is a struct of its planes. Its rows are counted over all leading dimensions, so that row r of
 // expert e is e * rows + r. COLS is the length of a row; chunk c of a row holds its values 8c .. 8c + 7.
 //
-//   load(w, row, chunk) -> Chunk    the one way in: value = scale * quants[i] + minimum
-//   dot(chunk, x)                   the sum of eight values times x
+//   load(w, row, chunk) -> Raw             the bytes
+//   decode(w, raw, chunk) -> Chunk         value = scale * quants[i] + minimum
+//   dot(chunk, x)                          the sum of eight values times x
 //
-// A lane takes chunks lane, lane + 32, ...: whatever the type, a simdgroup then reads neighbouring bytes.
+// A lane takes chunks lane, lane + 32, ...: whatever the type, a simdgroup then reads neighbouring bytes. It loads DEPTH
+// of them before it decodes the first: with less under way, a GPU waits for memory.
 
 struct Eight {
   float v[8];
@@ -57,31 +59,36 @@ inline Eight load_eight(const device float* x) {
   return with_sum(out);
 }
 
-inline Eight load_eight(const device float16_t* x) {
-  const uint4 words = ((const device uint4*)x)[0];
-  Eight out;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const half2 pair = as_type<half2>(words[i]);
-    out.v[2 * i] = float(pair.x);
-    out.v[2 * i + 1] = float(pair.y);
-  }
-  return with_sum(out);
+inline void put_pair(uint word, float16_t, thread float* out) {
+  const half2 pair = as_type<half2>(word);
+  out[0] = float(pair.x);
+  out[1] = float(pair.y);
 }
 
 // A bfloat16 is the upper half of a float32.
-inline Eight load_eight(const device bfloat16_t* x) {
+inline void put_pair(uint word, bfloat16_t, thread float* out) {
+  out[0] = as_type<float>(word << 16);
+  out[1] = as_type<float>(word & 0xFFFF0000u);
+}
+
+template <class T>
+inline Eight load_eight(const device T* x) {
   const uint4 words = ((const device uint4*)x)[0];
   Eight out;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    out.v[2 * i] = as_type<float>(words[i] << 16);
-    out.v[2 * i + 1] = as_type<float>(words[i] & 0xFFFF0000u);
+    put_pair(words[i], T(0.0f), out.v + 2 * i);
   }
   return with_sum(out);
 }
 
 // ---- quants -----------------------------------------------------------------------------------------------------
+
+#ifndef HAS_AND_OR  // cuda_prelude.h has it as one instruction
+inline uint and_or(uint word, uint mask, uint bits) {
+  return (word & mask) | bits;
+}
+#endif
 
 // Bits AT .. AT + BITS - 1 of a word as a float, less ZERO. No conversion and no shift, which run at a quarter of the
 // rate on Apple's GPUs: in the mantissa of 2^23 the field counts units of 2^AT, and one fused multiply-add brings it
@@ -89,7 +96,7 @@ inline Eight load_eight(const device bfloat16_t* x) {
 template <int BITS, int AT, int ZERO>
 inline float field(uint word) {
   const float unit = as_type<float>(uint(127 - AT) << 23);  // 2^-AT
-  const float raised = as_type<float>((word & (((1u << BITS) - 1u) << AT)) | 0x4B000000u);
+  const float raised = as_type<float>(and_or(word, ((1u << BITS) - 1u) << AT, 0x4B000000u));
   return fma(raised, unit, -(8388608.0f * unit + float(ZERO)));
 }
 
@@ -102,10 +109,47 @@ struct Iq4Nl {
   enum { bits = 4 };
 };
 
-// Eight quants, less their zero. `words` is where the row begins.
+// What a chunk is made of, as it stands in memory. Loading is apart from decoding, so that a lane can ask for several
+// chunks before it needs the first. A type uses the members that it needs.
+struct Raw {
+  uint words[8];
+  float16_t scale;
+  float16_t minimum;
+  uint sub[3];
+};
+
+// The words of eight quants; `words` is where the row begins.
+inline void load_words(Linear<4, 0>, const device uint32_t* words, uint chunk, thread Raw& raw) {
+  raw.words[0] = words[chunk];
+}
+
+// 40 bits: a chunk begins in one word and ends in that word or the next.
+inline void load_words(Linear<5, 0>, const device uint32_t* words, uint chunk, thread Raw& raw) {
+  raw.words[0] = words[chunk * 5 / 4];
+  raw.words[1] = words[chunk * 5 / 4 + 1];
+}
+
+// 48 bits, a word and a half.
+inline void load_words(Linear<6, 0>, const device uint32_t* words, uint chunk, thread Raw& raw) {
+  raw.words[0] = words[chunk * 3 / 2];
+  raw.words[1] = words[chunk * 3 / 2 + 1];
+}
+
+inline void load_words(Linear<8, 0>, const device uint32_t* words, uint chunk, thread Raw& raw) {
+  const uint2 pair = ((const device uint2*)words)[chunk];
+  raw.words[0] = pair.x;
+  raw.words[1] = pair.y;
+}
+
+// Bits `shift` .. `shift` + 31 of two words. A shift by 32 is not defined.
+inline uint funnel(uint low, uint high, uint shift) {
+  return (low >> shift) | ((high << 1) << (31 - shift));
+}
+
+// Eight quants, less their zero.
 template <int ZERO>
-inline Eight unpack(Linear<4, ZERO>, const device uint32_t* words, uint chunk) {
-  const uint low = words[chunk];
+inline Eight unpack(Linear<4, ZERO>, Raw raw, uint chunk) {
+  const uint low = raw.words[0];
   const uint high = low >> 16;
   Eight q;
   q.v[0] = field<4, 0, ZERO>(low);
@@ -119,14 +163,11 @@ inline Eight unpack(Linear<4, ZERO>, const device uint32_t* words, uint chunk) {
   return q;
 }
 
-// A chunk is 40 bits: it begins in one word and ends in that word or the next.
 template <int ZERO>
-inline Eight unpack(Linear<5, ZERO>, const device uint32_t* words, uint chunk) {
-  const uint first = chunk * 5 / 4;
+inline Eight unpack(Linear<5, ZERO>, Raw raw, uint chunk) {
   const uint shift = (chunk & 3u) * 8;
-  const uint next = words[first + 1];
-  const uint low = (words[first] >> shift) | ((next << 1) << (31 - shift));  // a shift by 32 is not defined
-  const uint high = (low >> 20) | ((next >> shift) << 12);
+  const uint low = funnel(raw.words[0], raw.words[1], shift);
+  const uint high = (low >> 20) | ((raw.words[1] >> shift) << 12);
   Eight q;
   q.v[0] = field<5, 0, ZERO>(low);
   q.v[1] = field<5, 5, ZERO>(low);
@@ -139,15 +180,12 @@ inline Eight unpack(Linear<5, ZERO>, const device uint32_t* words, uint chunk) {
   return q;
 }
 
-// A chunk is 48 bits, a word and a half.
 template <int ZERO>
-inline Eight unpack(Linear<6, ZERO>, const device uint32_t* words, uint chunk) {
-  const uint first = chunk * 3 / 2;
+inline Eight unpack(Linear<6, ZERO>, Raw raw, uint chunk) {
   const uint shift = (chunk & 1u) * 16;
-  const uint next = words[first + 1];
-  const uint low = (words[first] >> shift) | ((next << 1) << (31 - shift));
-  const uint middle = (low >> 18) | ((next >> shift) << 14);
-  const uint high = next >> shift;
+  const uint low = funnel(raw.words[0], raw.words[1], shift);
+  const uint high = raw.words[1] >> shift;
+  const uint middle = (low >> 18) | (high << 14);
   Eight q;
   q.v[0] = field<6, 0, ZERO>(low);
   q.v[1] = field<6, 6, ZERO>(low);
@@ -161,26 +199,26 @@ inline Eight unpack(Linear<6, ZERO>, const device uint32_t* words, uint chunk) {
 }
 
 template <int ZERO>
-inline Eight unpack(Linear<8, ZERO>, const device uint32_t* words, uint chunk) {
-  const uint2 pair = ((const device uint2*)words)[chunk];
+inline Eight unpack(Linear<8, ZERO>, Raw raw, uint chunk) {
   Eight q;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    q.v[4 * i] = field<8, 0, ZERO>(pair[i]);
-    q.v[4 * i + 1] = field<8, 8, ZERO>(pair[i]);
-    q.v[4 * i + 2] = field<8, 0, ZERO>(pair[i] >> 16);
-    q.v[4 * i + 3] = field<8, 8, ZERO>(pair[i] >> 16);
+    const uint low = raw.words[i];
+    const uint high = low >> 16;
+    q.v[4 * i] = field<8, 0, ZERO>(low);
+    q.v[4 * i + 1] = field<8, 8, ZERO>(low);
+    q.v[4 * i + 2] = field<8, 0, ZERO>(high);
+    q.v[4 * i + 3] = field<8, 8, ZERO>(high);
   }
   return q;
 }
 
 // -127 -104 -83 -65 | -49 -35 -22 -10 | 1 13 25 38 | 53 69 89 113 as bytes, 128 added so that none is negative.
-inline Eight unpack(Iq4Nl, const device uint32_t* words, uint chunk) {
-  const uint word = words[chunk];
+inline Eight unpack(Iq4Nl, Raw raw, uint chunk) {
   Eight q;
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
-    const uint index = (word >> (4 * i)) & 15u;
+    const uint index = (raw.words[0] >> (4 * i)) & 15u;
     const uint lower = (index & 4u) ? 0x766A5D4Fu : 0x3F2D1801u;
     const uint upper = (index & 4u) ? 0xF1D9C5B5u : 0xA6998D81u;
     const uint table = (index & 8u) ? upper : lower;
@@ -230,8 +268,8 @@ struct Dense {
 };
 
 template <class CODE, int COLS>
-inline const device uint32_t* row_words(const device uint32_t* quants, uint row) {
-  return quants + row * uint(COLS / 32 * int(CODE::bits));
+inline void load_quants(const device uint32_t* quants, uint row, uint chunk, thread Raw& raw) {
+  load_words(Linear<int(CODE::bits), 0>(), quants + row * uint(COLS / 32 * int(CODE::bits)), chunk, raw);
 }
 
 template <bool MINS>
@@ -247,52 +285,126 @@ inline Chunk<MINS> scaled(Eight q, float scale, float minimum) {
 }
 
 template <class CODE, int COLS>
-inline Chunk<false> load(Scaled<CODE, COLS> w, uint row, uint chunk) {
-  const float scale = float(w.scales[row * uint(COLS / 32) + chunk / 4]);
-  return scaled<false>(unpack(CODE(), row_words<CODE, COLS>(w.quants, row), chunk), scale, 0.0f);
+inline Raw load(Scaled<CODE, COLS> w, uint row, uint chunk) {
+  Raw raw;
+  load_quants<CODE, COLS>(w.quants, row, chunk, raw);
+  raw.scale = w.scales[row * uint(COLS / 32) + chunk / 4];
+  return raw;
 }
 
 template <class CODE, int COLS>
-inline Chunk<true> load(ScaledMin<CODE, COLS> w, uint row, uint chunk) {
-  const uint group = row * uint(COLS / 32) + chunk / 4;
-  const Eight q = unpack(CODE(), row_words<CODE, COLS>(w.quants, row), chunk);
-  return scaled<true>(q, float(w.scales[group]), float(w.mins[group]));
+inline Chunk<false> decode(Scaled<CODE, COLS> w, Raw raw, uint chunk) {
+  return scaled<false>(unpack(CODE(), raw, chunk), float(raw.scale), 0.0f);
 }
 
 template <class CODE, int COLS>
-inline Chunk<true> load(SuperMin<CODE, COLS> w, uint row, uint chunk) {
+inline Raw load(ScaledMin<CODE, COLS> w, uint row, uint chunk) {
+  Raw raw;
+  load_quants<CODE, COLS>(w.quants, row, chunk, raw);
+  raw.scale = w.scales[row * uint(COLS / 32) + chunk / 4];
+  raw.minimum = w.mins[row * uint(COLS / 32) + chunk / 4];
+  return raw;
+}
+
+template <class CODE, int COLS>
+inline Chunk<true> decode(ScaledMin<CODE, COLS> w, Raw raw, uint chunk) {
+  return scaled<true>(unpack(CODE(), raw, chunk), float(raw.scale), float(raw.minimum));
+}
+
+template <class CODE, int COLS>
+inline Raw load(SuperMin<CODE, COLS> w, uint row, uint chunk) {
   const uint block = row * uint(COLS / 256) + chunk / 32;
-  // Twelve bytes: six bits of scale of groups 0..3, six of their minima, four of both of groups 4..7; the upper two
-  // bits of those stand above the sixes. Layout: llama.cpp get_scale_min_k4.
+  Raw raw;
+  load_quants<CODE, COLS>(w.quants, row, chunk, raw);
+  raw.scale = w.scales[block];
+  raw.minimum = w.mins[block];
   const device uint32_t* sub = (const device uint32_t*)w.sub_scales + block * 3;
+#pragma unroll
+  for (int i = 0; i < 3; ++i) {
+    raw.sub[i] = sub[i];
+  }
+  return raw;
+}
+
+// Twelve bytes: six bits of scale of groups 0..3, six of their minima, four of both of groups 4..7; the upper two bits
+// of those stand above the sixes. Layout: llama.cpp get_scale_min_k4.
+template <class CODE, int COLS>
+inline Chunk<true> decode(SuperMin<CODE, COLS> w, Raw raw, uint chunk) {
   const uint group = (chunk / 4) & 7u;
   const uint at = (group & 3u) * 8;
-  const uint scale_bits = sub[0] >> at;
-  const uint minimum_bits = sub[1] >> at;
-  const uint both = sub[2] >> at;
+  const uint scales = raw.sub[0] >> at;
+  const uint mins = raw.sub[1] >> at;
+  const uint both = raw.sub[2] >> at;
   const bool late = group >= 4;
-  const uint scale = late ? (both & 15u) | ((scale_bits >> 2) & 48u) : scale_bits & 63u;
-  const uint minimum = late ? ((both >> 4) & 15u) | ((minimum_bits >> 2) & 48u) : minimum_bits & 63u;
-  const Eight q = unpack(CODE(), row_words<CODE, COLS>(w.quants, row), chunk);
-  return scaled<true>(q, float(w.scales[block]) * float(scale), -(float(w.mins[block]) * float(minimum)));
+  const uint scale = late ? (both & 15u) | ((scales >> 2) & 48u) : scales & 63u;
+  const uint minimum = late ? ((both >> 4) & 15u) | ((mins >> 2) & 48u) : mins & 63u;
+  return scaled<true>(
+      unpack(CODE(), raw, chunk), float(raw.scale) * float(scale), -(float(raw.minimum) * float(minimum)));
 }
 
 template <class CODE, int COLS>
-inline Chunk<false> load(Super<CODE, COLS> w, uint row, uint chunk) {
-  const float scale = float(w.scales[row * uint(COLS / 256) + chunk / 32]);
-  const float sub = float(w.sub_scales[row * uint(COLS / 16) + chunk / 2]);
-  return scaled<false>(unpack(CODE(), row_words<CODE, COLS>(w.quants, row), chunk), scale * sub, 0.0f);
+inline Raw load(Super<CODE, COLS> w, uint row, uint chunk) {
+  Raw raw;
+  load_quants<CODE, COLS>(w.quants, row, chunk, raw);
+  raw.scale = w.scales[row * uint(COLS / 256) + chunk / 32];
+  raw.sub[0] = uint(int(w.sub_scales[row * uint(COLS / 16) + chunk / 2]));
+  return raw;
+}
+
+template <class CODE, int COLS>
+inline Chunk<false> decode(Super<CODE, COLS> w, Raw raw, uint chunk) {
+  return scaled<false>(unpack(CODE(), raw, chunk), float(raw.scale) * float(int(raw.sub[0])), 0.0f);
+}
+
+template <int COLS>
+inline Raw load(Dense<float, COLS> w, uint row, uint chunk) {
+  const device uint4* words = (const device uint4*)(w.values + row * uint(COLS) + chunk * 8);
+  const uint4 low = words[0];
+  const uint4 high = words[1];
+  Raw raw;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    raw.words[i] = low[i];
+    raw.words[i + 4] = high[i];
+  }
+  return raw;
 }
 
 template <class T, int COLS>
-inline Chunk<false> load(Dense<T, COLS> w, uint row, uint chunk) {
-  return scaled<false>(load_eight(w.values + row * uint(COLS) + chunk * 8), 1.0f, 0.0f);
+inline Raw load(Dense<T, COLS> w, uint row, uint chunk) {
+  const uint4 words = ((const device uint4*)(w.values + row * uint(COLS) + chunk * 8))[0];
+  Raw raw;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    raw.words[i] = words[i];
+  }
+  return raw;
+}
+
+template <int COLS>
+inline Chunk<false> decode(Dense<float, COLS> w, Raw raw, uint chunk) {
+  Eight out;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    out.v[i] = as_type<float>(raw.words[i]);
+  }
+  return scaled<false>(out, 1.0f, 0.0f);
+}
+
+template <class T, int COLS>
+inline Chunk<false> decode(Dense<T, COLS> w, Raw raw, uint chunk) {
+  Eight out;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    put_pair(raw.words[i], T(0.0f), out.v + 2 * i);
+  }
+  return scaled<false>(out, 1.0f, 0.0f);
 }
 
 // ---- rows -------------------------------------------------------------------------------------------------------
 
-// The lane's chunks of a row of COLS values: true while there is one.
-template <int CHUNKS>
+// Whether there is such a chunk in rows of CHUNKS, of which a lane takes DEPTH in one go.
+template <int CHUNKS, int DEPTH>
 inline bool has_chunk(uint chunk) {
-  return CHUNKS % 32 == 0 || chunk < uint(CHUNKS);
+  return CHUNKS % (32 * DEPTH) == 0 || chunk < uint(CHUNKS);
 }
