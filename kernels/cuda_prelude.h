@@ -314,3 +314,6 @@ inline uint and_or(uint word, uint mask, uint bits) {
   asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(out) : "r"(word), "r"(mask), "r"(bits));
   return out;
 }
+
+// Loads do not sink below this, so that all of them are under way before the first is used.
+#define LOADS_END __syncwarp();

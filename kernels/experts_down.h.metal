@@ -1,32 +1,32 @@
-// sums[r] += weight * (rows first + r of w) . x, over chunks begin .. end - 1, by one simdgroup; each lane its part.
-template <int ROWS, int DEPTH, class W, class T>
+// sums[r] += weight * (rows first + r of w) . x, over CHUNKS chunks from `from` on, by one simdgroup; each lane its part.
+template <int ROWS, int DEPTH, int CHUNKS, class W, class T>
 inline void add_rows(
-    W w, const device T* x, uint first, uint last, uint begin, uint end, float weight, uint lane, thread float* sums) {
+    W w, const device T* x, uint first, uint last, uint from, float weight, uint lane, thread float* sums) {
   float parts[ROWS];
 #pragma unroll
   for (int r = 0; r < ROWS; ++r) {
     parts[r] = 0.0f;
   }
-  for (uint start = begin + lane; start < end; start += 32 * DEPTH) {
+  for (uint step = 0; step < uint(CHUNKS); step += 32 * DEPTH) {
+    const uint begin = from + step + lane;
     Raw raw[ROWS][DEPTH];
 #pragma unroll
     for (int d = 0; d < DEPTH; ++d) {
-      const uint chunk = start + uint(32 * d);
-      if (chunk < end) {
+      if (has_chunk<CHUNKS, DEPTH>(step + lane + uint(32 * d))) {
 #pragma unroll
         for (int r = 0; r < ROWS; ++r) {
-          raw[r][d] = load(w, min(first + uint(r), last), chunk);
+          raw[r][d] = load(w, min(first + uint(r), last), begin, d);
         }
       }
     }
+    LOADS_END
 #pragma unroll
     for (int d = 0; d < DEPTH; ++d) {
-      const uint chunk = start + uint(32 * d);
-      if (chunk < end) {
-        const Eight x8 = load_eight(x + chunk * 8);
+      if (has_chunk<CHUNKS, DEPTH>(step + lane + uint(32 * d))) {
+        const Eight x8 = load_eight(x, begin, d);
 #pragma unroll
         for (int r = 0; r < ROWS; ++r) {
-          parts[r] += dot(decode(w, raw[r][d], chunk), x8);
+          parts[r] += dot(decode(w, raw[r][d], begin), x8);
         }
       }
     }

@@ -1,5 +1,5 @@
-// A threadgroup computes ROWS rows of one token. Slot s is a chosen expert, or after those a stretch of the shared
-// experts' columns; simdgroup i takes slots i, i + SIMDGROUPS, ... The simdgroups' sums meet in threadgroup memory and
+// A threadgroup computes ROWS rows of one token. Slot s is a chosen expert, or after those WIDTH of the shared experts'
+// columns; simdgroup i takes slots i, i + SIMDGROUPS, ... The simdgroups' sums meet in threadgroup memory and
 // are added in order, so the bits are the same in every run.
 threadgroup float partial[SIMDGROUPS * ROWS];
 const uint lane = thread_index_in_simdgroup;
@@ -16,15 +16,14 @@ for (uint slot = simdgroup; slot < uint(SLOTS); slot += uint(SIMDGROUPS)) {
     const uint choice = token * uint(TOP_K) + slot;
     const uint base = min(uint(experts[choice]), uint(EXPERTS - 1)) * uint(ROWS_IN_ALL);
     const auto x = hidden + choice * uint(WIDTH);
-    add_rows<ROWS, DEPTH>(
-        DOWN, x, base + first, base + uint(ROWS_IN_ALL - 1), 0, uint(WIDTH / 8), weights[choice], lane, sums);
+    const uint last = base + uint(ROWS_IN_ALL - 1);
+    add_rows<ROWS, DEPTH, WIDTH / 8>(DOWN, x, base + first, last, 0, weights[choice], lane, sums);
   }
 #ifdef SHARED_DOWN
   if (slot >= uint(TOP_K)) {
-    const uint begin = (slot - uint(TOP_K)) * uint(WIDTH / 8);
-    const uint end = min(begin + uint(WIDTH / 8), uint(SHARED_WIDTH / 8));
+    const uint from = (slot - uint(TOP_K)) * uint(WIDTH / 8);
     const auto x = shared_hidden + token * uint(SHARED_WIDTH);
-    add_rows<ROWS, DEPTH>(SHARED_DOWN, x, first, uint(ROWS_IN_ALL - 1), begin, end, 1.0f, lane, sums);
+    add_rows<ROWS, DEPTH, WIDTH / 8>(SHARED_DOWN, x, first, uint(ROWS_IN_ALL - 1), from, 1.0f, lane, sums);
   }
 #endif
 }

@@ -57,7 +57,8 @@ def experts_down(
 ) -> mx.array:
     tokens, top_k = experts.shape
     back_end = launcher.back_end("experts_down") if tokens <= launcher.MAX_TOKENS else None
-    if back_end is None or not launcher.fits(down, shared_down):
+    whole = shared_down is None or shared_down.shape[-1] % down.shape[-1] == 0  # shared experts are as wide as others
+    if back_end is None or not whole or not launcher.fits(down, shared_down):
         return experts_down_ops(hidden, shared_hidden, down, shared_down, experts, weights, residual)
     arrays, matrices = [hidden, experts, weights], [down]
     if shared_hidden is not None and shared_down is not None:
@@ -81,7 +82,7 @@ def _launch(
 ) -> launcher.Launch:
     num_experts, rows, width = kinds[0][1]
     shared_width = kinds[1][1][1] if len(kinds) > 1 else 0
-    slots = top_k + -(-shared_width // width)
+    slots = top_k + shared_width // width
     simdgroups = min(slots, MAX_SIMDGROUPS)
     return launcher.prepare(
         back_end,

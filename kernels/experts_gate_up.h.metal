@@ -8,30 +8,30 @@ inline void swiglu_rows(W gate, W up, const device T* x, uint first, uint last, 
     gates[r] = 0.0f;
     ups[r] = 0.0f;
   }
-  for (uint begin = lane; begin < uint(COLS / 8); begin += 32 * DEPTH) {
+  for (uint step = 0; step < uint(COLS / 8); step += 32 * DEPTH) {
+    const uint begin = step + lane;
     Raw raw_gate[ROWS][DEPTH];
     Raw raw_up[ROWS][DEPTH];
 #pragma unroll
     for (int d = 0; d < DEPTH; ++d) {
-      const uint chunk = begin + uint(32 * d);
-      if (has_chunk<COLS / 8, DEPTH>(chunk)) {
+      if (has_chunk<COLS / 8, DEPTH>(begin + uint(32 * d))) {
 #pragma unroll
         for (int r = 0; r < ROWS; ++r) {
           const uint row = min(first + uint(r), last);
-          raw_gate[r][d] = load(gate, row, chunk);
-          raw_up[r][d] = load(up, row, chunk);
+          raw_gate[r][d] = load(gate, row, begin, d);
+          raw_up[r][d] = load(up, row, begin, d);
         }
       }
     }
+    LOADS_END
 #pragma unroll
     for (int d = 0; d < DEPTH; ++d) {
-      const uint chunk = begin + uint(32 * d);
-      if (has_chunk<COLS / 8, DEPTH>(chunk)) {
-        const Eight x8 = load_eight(x + chunk * 8);
+      if (has_chunk<COLS / 8, DEPTH>(begin + uint(32 * d))) {
+        const Eight x8 = load_eight(x, begin, d);
 #pragma unroll
         for (int r = 0; r < ROWS; ++r) {
-          gates[r] += dot(decode(gate, raw_gate[r][d], chunk), x8);
-          ups[r] += dot(decode(up, raw_up[r][d], chunk), x8);
+          gates[r] += dot(decode(gate, raw_gate[r][d], begin), x8);
+          ups[r] += dot(decode(up, raw_up[r][d], begin), x8);
         }
       }
     }

@@ -10,28 +10,28 @@ inline void qmv_rows(W w, const device T* x, device T* y, uint first, uint rows,
       sums[r][t] = 0.0f;
     }
   }
-  for (uint begin = lane; begin < uint(COLS / 8); begin += 32 * DEPTH) {
+  for (uint step = 0; step < uint(COLS / 8); step += 32 * DEPTH) {
+    const uint begin = step + lane;
     Raw raw[ROWS][DEPTH];
 #pragma unroll
     for (int d = 0; d < DEPTH; ++d) {
-      const uint chunk = begin + uint(32 * d);
-      if (has_chunk<COLS / 8, DEPTH>(chunk)) {
+      if (has_chunk<COLS / 8, DEPTH>(begin + uint(32 * d))) {
 #pragma unroll
         for (int r = 0; r < ROWS; ++r) {
-          raw[r][d] = load(w, min(first + uint(r), rows - 1u), chunk);
+          raw[r][d] = load(w, min(first + uint(r), rows - 1u), begin, d);
         }
       }
     }
+    LOADS_END
 #pragma unroll
     for (int d = 0; d < DEPTH; ++d) {
-      const uint chunk = begin + uint(32 * d);
-      if (has_chunk<COLS / 8, DEPTH>(chunk)) {
+      if (has_chunk<COLS / 8, DEPTH>(begin + uint(32 * d))) {
 #pragma unroll
         for (int t = 0; t < TOKENS; ++t) {
-          const Eight x8 = load_eight(x + uint(t * COLS) + chunk * 8);
+          const Eight x8 = load_eight(x + t * COLS, begin, d);
 #pragma unroll
           for (int r = 0; r < ROWS; ++r) {
-            sums[r][t] += dot(decode(w, raw[r][d], chunk), x8);
+            sums[r][t] += dot(decode(w, raw[r][d], begin), x8);
           }
         }
       }

@@ -3,9 +3,9 @@
 // Each type of weight is a struct of its planes. Its rows are counted over all leading dimensions, so that row r of
 // expert e is e * rows + r. COLS is the length of a row; chunk c of a row holds its values 8c .. 8c + 7.
 //
-//   load(w, row, chunk) -> Raw             the bytes
-//   decode(w, raw, chunk) -> Chunk         value = scale * quants[i] + minimum
-//   dot(chunk, x)                          the sum of eight values times x
+//   load(w, row, chunk, d) -> Raw      the bytes of chunk + 32 d; the constant part goes into the load's own offset
+//   decode(w, raw, chunk) -> Chunk     value = scale * quants[i] + minimum; 32 more chunks decode alike
+//   dot(chunk, x)                      the sum of eight values times x
 //
 // A lane takes chunks lane, lane + 32, ...: whatever the type, a simdgroup then reads neighbouring bytes. It loads DEPTH
 // of them before it decodes the first: with less under way, a GPU waits for memory.
@@ -47,9 +47,11 @@ inline Eight with_sum(Eight x) {
   return x;
 }
 
-inline Eight load_eight(const device float* x) {
-  const float4 low = ((const device float4*)x)[0];
-  const float4 high = ((const device float4*)x)[1];
+// Eight activations, from chunk + 32 d on.
+inline Eight load_eight(const device float* x, uint chunk, int d) {
+  const device float4* words = (const device float4*)x + chunk * 2;
+  const float4 low = words[64 * d];
+  const float4 high = words[64 * d + 1];
   Eight out;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -72,8 +74,8 @@ inline void put_pair(uint word, bfloat16_t, thread float* out) {
 }
 
 template <class T>
-inline Eight load_eight(const device T* x) {
-  const uint4 words = ((const device uint4*)x)[0];
+inline Eight load_eight(const device T* x, uint chunk, int d) {
+  const uint4 words = ((const device uint4*)x + chunk)[32 * d];
   Eight out;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -118,25 +120,27 @@ struct Raw {
   uint sub[3];
 };
 
-// The words of eight quants; `words` is where the row begins.
-inline void load_words(Linear<4, 0>, const device uint32_t* words, uint chunk, thread Raw& raw) {
-  raw.words[0] = words[chunk];
+// The words of eight quants; `row` is where the row begins.
+inline void load_words(Linear<4, 0>, const device uint32_t* row, uint chunk, int d, thread Raw& raw) {
+  raw.words[0] = (row + chunk)[32 * d];
 }
 
 // 40 bits: a chunk begins in one word and ends in that word or the next.
-inline void load_words(Linear<5, 0>, const device uint32_t* words, uint chunk, thread Raw& raw) {
-  raw.words[0] = words[chunk * 5 / 4];
-  raw.words[1] = words[chunk * 5 / 4 + 1];
+inline void load_words(Linear<5, 0>, const device uint32_t* row, uint chunk, int d, thread Raw& raw) {
+  const device uint32_t* words = row + chunk * 5 / 4;
+  raw.words[0] = words[40 * d];
+  raw.words[1] = words[40 * d + 1];
 }
 
 // 48 bits, a word and a half.
-inline void load_words(Linear<6, 0>, const device uint32_t* words, uint chunk, thread Raw& raw) {
-  raw.words[0] = words[chunk * 3 / 2];
-  raw.words[1] = words[chunk * 3 / 2 + 1];
+inline void load_words(Linear<6, 0>, const device uint32_t* row, uint chunk, int d, thread Raw& raw) {
+  const device uint32_t* words = row + chunk * 3 / 2;
+  raw.words[0] = words[48 * d];
+  raw.words[1] = words[48 * d + 1];
 }
 
-inline void load_words(Linear<8, 0>, const device uint32_t* words, uint chunk, thread Raw& raw) {
-  const uint2 pair = ((const device uint2*)words)[chunk];
+inline void load_words(Linear<8, 0>, const device uint32_t* row, uint chunk, int d, thread Raw& raw) {
+  const uint2 pair = ((const device uint2*)row + chunk)[32 * d];
   raw.words[0] = pair.x;
   raw.words[1] = pair.y;
 }
@@ -268,8 +272,8 @@ struct Dense {
 };
 
 template <class CODE, int COLS>
-inline void load_quants(const device uint32_t* quants, uint row, uint chunk, thread Raw& raw) {
-  load_words(Linear<int(CODE::bits), 0>(), quants + row * uint(COLS / 32 * int(CODE::bits)), chunk, raw);
+inline void load_quants(const device uint32_t* quants, uint row, uint chunk, int d, thread Raw& raw) {
+  load_words(Linear<int(CODE::bits), 0>(), quants + row * uint(COLS / 32 * int(CODE::bits)), chunk, d, raw);
 }
 
 template <bool MINS>
@@ -285,10 +289,10 @@ inline Chunk<MINS> scaled(Eight q, float scale, float minimum) {
 }
 
 template <class CODE, int COLS>
-inline Raw load(Scaled<CODE, COLS> w, uint row, uint chunk) {
+inline Raw load(Scaled<CODE, COLS> w, uint row, uint chunk, int d) {
   Raw raw;
-  load_quants<CODE, COLS>(w.quants, row, chunk, raw);
-  raw.scale = w.scales[row * uint(COLS / 32) + chunk / 4];
+  load_quants<CODE, COLS>(w.quants, row, chunk, d, raw);
+  raw.scale = (w.scales + (row * uint(COLS / 32) + chunk / 4))[8 * d];
   return raw;
 }
 
@@ -298,11 +302,11 @@ inline Chunk<false> decode(Scaled<CODE, COLS> w, Raw raw, uint chunk) {
 }
 
 template <class CODE, int COLS>
-inline Raw load(ScaledMin<CODE, COLS> w, uint row, uint chunk) {
+inline Raw load(ScaledMin<CODE, COLS> w, uint row, uint chunk, int d) {
   Raw raw;
-  load_quants<CODE, COLS>(w.quants, row, chunk, raw);
-  raw.scale = w.scales[row * uint(COLS / 32) + chunk / 4];
-  raw.minimum = w.mins[row * uint(COLS / 32) + chunk / 4];
+  load_quants<CODE, COLS>(w.quants, row, chunk, d, raw);
+  raw.scale = (w.scales + (row * uint(COLS / 32) + chunk / 4))[8 * d];
+  raw.minimum = (w.mins + (row * uint(COLS / 32) + chunk / 4))[8 * d];
   return raw;
 }
 
@@ -312,16 +316,16 @@ inline Chunk<true> decode(ScaledMin<CODE, COLS> w, Raw raw, uint chunk) {
 }
 
 template <class CODE, int COLS>
-inline Raw load(SuperMin<CODE, COLS> w, uint row, uint chunk) {
+inline Raw load(SuperMin<CODE, COLS> w, uint row, uint chunk, int d) {
   const uint block = row * uint(COLS / 256) + chunk / 32;
   Raw raw;
-  load_quants<CODE, COLS>(w.quants, row, chunk, raw);
-  raw.scale = w.scales[block];
-  raw.minimum = w.mins[block];
+  load_quants<CODE, COLS>(w.quants, row, chunk, d, raw);
+  raw.scale = (w.scales + block)[d];
+  raw.minimum = (w.mins + block)[d];
   const device uint32_t* sub = (const device uint32_t*)w.sub_scales + block * 3;
 #pragma unroll
   for (int i = 0; i < 3; ++i) {
-    raw.sub[i] = sub[i];
+    raw.sub[i] = sub[3 * d + i];
   }
   return raw;
 }
@@ -343,11 +347,11 @@ inline Chunk<true> decode(SuperMin<CODE, COLS> w, Raw raw, uint chunk) {
 }
 
 template <class CODE, int COLS>
-inline Raw load(Super<CODE, COLS> w, uint row, uint chunk) {
+inline Raw load(Super<CODE, COLS> w, uint row, uint chunk, int d) {
   Raw raw;
-  load_quants<CODE, COLS>(w.quants, row, chunk, raw);
-  raw.scale = w.scales[row * uint(COLS / 256) + chunk / 32];
-  raw.sub[0] = uint(int(w.sub_scales[row * uint(COLS / 16) + chunk / 2]));
+  load_quants<CODE, COLS>(w.quants, row, chunk, d, raw);
+  raw.scale = (w.scales + (row * uint(COLS / 256) + chunk / 32))[d];
+  raw.sub[0] = uint(int((w.sub_scales + (row * uint(COLS / 16) + chunk / 2))[16 * d]));
   return raw;
 }
 
@@ -357,10 +361,10 @@ inline Chunk<false> decode(Super<CODE, COLS> w, Raw raw, uint chunk) {
 }
 
 template <int COLS>
-inline Raw load(Dense<float, COLS> w, uint row, uint chunk) {
-  const device uint4* words = (const device uint4*)(w.values + row * uint(COLS) + chunk * 8);
-  const uint4 low = words[0];
-  const uint4 high = words[1];
+inline Raw load(Dense<float, COLS> w, uint row, uint chunk, int d) {
+  const device uint4* words = (const device uint4*)(w.values + (row * uint(COLS) + chunk * 8));
+  const uint4 low = words[64 * d];
+  const uint4 high = words[64 * d + 1];
   Raw raw;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -371,8 +375,8 @@ inline Raw load(Dense<float, COLS> w, uint row, uint chunk) {
 }
 
 template <class T, int COLS>
-inline Raw load(Dense<T, COLS> w, uint row, uint chunk) {
-  const uint4 words = ((const device uint4*)(w.values + row * uint(COLS) + chunk * 8))[0];
+inline Raw load(Dense<T, COLS> w, uint row, uint chunk, int d) {
+  const uint4 words = ((const device uint4*)(w.values + (row * uint(COLS) + chunk * 8)))[32 * d];
   Raw raw;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -408,3 +412,7 @@ template <int CHUNKS, int DEPTH>
 inline bool has_chunk(uint chunk) {
   return CHUNKS % (32 * DEPTH) == 0 || chunk < uint(CHUNKS);
 }
+
+#ifndef LOADS_END  // cuda_prelude.h: there a compiler would move loads down again, to where they are used
+#define LOADS_END
+#endif
