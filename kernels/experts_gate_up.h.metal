@@ -1,6 +1,6 @@
 // silu(gate x) * (up x) for rows first .. first + ROWS - 1, by one simdgroup; rows past `last` repeat it.
-template <int ROWS, int DEPTH, int COLS, class W, class T>
-inline void swiglu_rows(W gate, W up, const device T* x, uint first, uint last, uint lane, thread float* hidden) {
+template <int ROWS, int DEPTH, int COLS, class G, class U, class T>
+inline void swiglu_rows(G gate, U up, const device T* x, uint first, uint last, uint lane, thread float* hidden) {
   float gates[ROWS];
   float ups[ROWS];
 #pragma unroll
