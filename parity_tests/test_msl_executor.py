@@ -340,6 +340,10 @@ BAD = {
         Call(IN_GRID + "float a[4]; for (int j = 0; j <= int(i & 7u); ++j) a[j] = x[i]; y[i] = a[0];"),
         "out of bounds: index 4",
     ),
+    "more private memory than a thread has": Bad(
+        Call(IN_GRID + "float a[20000]; for (uint j = 0; j < 20000u; ++j) a[j] = x[j % 64u]; y[i] = a[i];"),
+        "private memory: a thread uses more than 64 KB",
+    ),
     "misaligned vector": Bad(
         Call(IN_GRID + "const device float4* p = (const device float4*)(x + 1); y[i] = p[0].x;"),
         "misaligned: read of (16|4) bytes",
@@ -423,6 +427,11 @@ def test_good_kernel(name: str) -> None:
 def test_bad_kernel(name: str) -> None:
     with pytest.raises(KernelError, match=BAD[name].why):
         BAD[name].call.run()
+
+
+def test_private_memory_is_watched_in_fast_mode() -> None:
+    with pytest.raises(KernelError, match="private memory: a thread uses more than 64 KB"):
+        BAD["more private memory than a thread has"].call.run("fast")
 
 
 GATHER = """

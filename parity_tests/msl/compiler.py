@@ -11,6 +11,7 @@ import importlib.util
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -20,6 +21,7 @@ from pathlib import Path
 from parity_tests.msl.capture import KernelError
 from parity_tests.msl.source import HERE
 
+PATIENCE = 300  # seconds for one kernel; the first use of a new ziglang takes about a minute
 OLDEST = 17  # 16 has no arithmetic on __bf16
 _WARNINGS = [
     *("-Wno-everything", "-ferror-limit=5", "-fno-caret-diagnostics"),
@@ -106,7 +108,10 @@ def _surroundings() -> str:
 def _run(command: list[str], what: str) -> None:
     zig = str(cache_folder() / "zig")
     environment = {**os.environ, "ZIG_GLOBAL_CACHE_DIR": zig, "ZIG_LOCAL_CACHE_DIR": zig}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=PATIENCE)
+    except subprocess.TimeoutExpired as error:
+        raise KernelError(f"{what}: no answer from the compiler in {PATIENCE} s: {shlex.join(command)}") from error
     if done.returncode:
         raise KernelError(f"{what}: refused by clang\n{done.stderr.strip()}")
 

@@ -12,8 +12,9 @@ import mlx.core as mx
 def posing_as(backend: Literal["metal", "cuda"]) -> Iterator[None]:
     """In the block MLX says that it has this back end, and that its GPU is the default device.
 
-    Only the answers change: MLX's own operations run where they ran. `mx.compile` does nothing in the block, because
-    kernels here need values, and what it traced would outlive the block.
+    Only the answers change: MLX's own operations run where they ran, and a model that is loaded in the block takes the
+    GPU's dtype. `mx.compile` does nothing in the block, because kernels here need values, and what it traced would
+    outlive the block.
     """
     with ExitStack() as stack:
         for module, name in ((mx.metal, "metal"), (mx.cuda, "cuda")):

@@ -34,7 +34,7 @@ MAX_REGISTERS = 65536  # of one threadgroup, on every NVIDIA GPU since 2012
 MAX_SHARED = 48 << 10  # bytes that a kernel may declare; NVRTC lets more pass, and the launch fails
 MAX_BLOCKS = (2**31 - 1, 65535, 65535)
 _HERE = Path(__file__).resolve().parent
-_PRELUDE = (_HERE.parent.parent / "kernels" / "cuda_prelude.h").read_text()
+_PRELUDE = _HERE.parent.parent / "kernels" / "cuda_prelude.h"
 _INCLUDES = '\n#include "mlx/backend/cuda/device/utils.cuh"\n\n#include <cooperative_groups.h>\n\n'
 _NAMESPACE = "mlx::core::cu"
 _TYPES = {  # in parameters; in the kernel's name
@@ -189,12 +189,11 @@ def _compile_launch(
     blocks = [g // t for g, t in zip(grid, threadgroup, strict=True)]
     if any(n > most for n, most in zip(blocks, MAX_BLOCKS, strict=True)):
         raise KernelError(f"{name}: {blocks} threadgroups; CUDA allows {list(MAX_BLOCKS)}")
-    own = text.header.removeprefix(_PRELUDE)
-    prelude = text.header[: len(text.header) - len(own)]
-    parts = [(prelude, "prelude"), (own, "h.metal"), (text.signature, "signature"), (text.body, "metal")]
-    parts += [(text.end, "end")]
-    # The same text, but that errors name the author's files and lines.
-    marked = text.includes + "".join(f'\n#line 1 "{name}.{label}"\n{part}' for part, label in parts)
+    own = text.header.removeprefix(_PRELUDE.read_text())
+    parts = {"h.metal": own, "signature": text.signature, "metal": text.body, "end": text.end}
+    # The same text, but that errors name the author's files and lines, and that NVRTC reads the prelude once.
+    marked = text.includes + ("" if own == text.header else f'#include "{_PRELUDE}"\n')
+    marked += "".join(f'\n#line 1 "{name}.{label}"\n{part}' for label, part in parts.items())
     log, binary = _compile(name, marked, f"{_NAMESPACE}::{text.entry}")
     registers, shared, spilled = (
         int(m[1]) if (m := re.search(pattern, log)) else 0

@@ -46,7 +46,8 @@ extern "C" char __ehdr_start[] __attribute__((visibility("hidden"))), _end[] __a
 
 namespace {
 const uint32_t LANES = 32, MAX_THREADS = 1024, MAX_SITES = 4096;
-const size_t STACK = 64 << 10, MARGIN = 64 << 10, LINE = 128, MAX_SHARED = 32 << 10;
+const size_t STACK = 64 << 10, BELOW_STACKS = 1 << 20, MARGIN = 64 << 10, LINE = 128, MAX_SHARED = 32 << 10;
+const uint64_t CANARY = 0x5afe57acc0de0000;  // in the last word of a stack
 
 template <class T>
 struct Array {  // zeroed, growing; no C++ standard library, so that nothing but libc is needed
@@ -222,6 +223,7 @@ void fiber() {
   wait(FINISHED);
 }
 void start(Lane& l) {
+  *(uint64_t*)l.stack = CANARY;
   void** frame = (void**)(l.stack + STACK - FRAME);
   memset(frame, 0, FRAME);
   frame[RETURN_SLOT] = (void*)fiber;
@@ -248,6 +250,8 @@ void fail(const char* kind, const void* pc, const char* format, ...) {
   }
   if (lane) wait(FINISHED);  // never comes back
 }
+
+const char* const TOO_DEEP = "a thread uses more than 64 KB of its own, or a pointer to another thread's variable";
 
 // ---- memory ------------------------------------------------------------------------------------------------------------
 uint32_t thread_number(const Lane* l) { return group_number * group_threads + l->ids.thread_index_in_threadgroup + 1; }
@@ -352,6 +356,7 @@ void touch(void* where, unsigned size, bool is_write, const void* pc) {
   for (uint32_t i = 0; !r && i < region_count; ++i)
     if (a >= regions[i].begin && a + size <= regions[i].end) r = &regions[last = i];
   if (!r) {
+    if (a >= stacks - BELOW_STACKS && a < stacks + MAX_THREADS * STACK) return fail("private memory", pc, TOO_DEEP);
     if (!is_write && a >= __ehdr_start && a + size <= _end && !(a >= __start_msl_shared && a < __stop_msl_shared)) return;  // tables
     const Region* nearest = nullptr;
     unsigned long best = ~0ul;
@@ -460,6 +465,7 @@ void run_simdgroup(uint32_t first, uint32_t last) {
       lane = &l;
       msl_switch(&scheduler, l.stack_pointer);
       lane = nullptr;
+      if (*(uint64_t*)l.stack != CANARY) fail("private memory", nullptr, "%s; threadgroup %u", TOO_DEEP, group_number);
       if (failed) return;
     }
     if (run.collect) settle_lines();
@@ -572,7 +578,8 @@ extern "C" int msl_run(const Launch* launch, char* text, uint64_t text_size, Tra
   }
   if (run.checked && counts.shared_bytes) add_region(__start_msl_shared, &shared);
   kernel_buffers = (void* const*)base;
-  stacks = (char*)aligned_alloc(16, MAX_THREADS * STACK);
+  char* const all_stacks = (char*)aligned_alloc(16, BELOW_STACKS + MAX_THREADS * STACK);
+  stacks = all_stacks + BELOW_STACKS;
 
   const unsigned old = flush_denormals(true, 0);
   for (uint32_t i = 0; i < group_count && !failed; ++i) {
@@ -598,7 +605,7 @@ extern "C" int msl_run(const Launch* launch, char* text, uint64_t text_size, Tra
     r.cells.reset(0), r.seen.reset(0), r.changed.reset(0);
   }
   for (uint32_t i = 0; i < run.buffer_count; ++i) free(copies[i]);
-  free(stacks);
+  free(all_stacks);
   *totals = counts;
   return failed;
 }
