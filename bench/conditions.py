@@ -1,0 +1,232 @@
+"""Where and with what a figure was measured: stands beside every table and in every JSON file."""
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import psutil
+from rich.filesize import decimal
+
+from bench.timing import summarize
+from glm_mlx.weights import available_memory
+
+ROOT = Path(__file__).resolve().parents[1]
+COPIES = (4, 16)  # of each buffer in one go; the difference between the two is free of the time to start and to wait
+
+_APPLE, _NVIDIA = "Apple, technical specifications", "NVIDIA, data sheet"
+# Memory bandwidth in GB/s by the makers' word: (device name, GPU cores where a chip comes in two, else None).
+QUOTED: dict[tuple[str, int | None], tuple[float, str]] = {
+    (f"Apple {chip}", cores): (rate, _APPLE)
+    for chip, cores, rate in (
+        ("M1", None, 68.3),
+        ("M1 Pro", None, 200),
+        ("M1 Max", None, 400),
+        ("M1 Ultra", None, 800),
+        ("M2", None, 100),
+        ("M2 Pro", None, 200),
+        ("M2 Max", None, 400),
+        ("M2 Ultra", None, 800),
+        ("M3", None, 100),
+        ("M3 Pro", None, 150),
+        ("M3 Max", 30, 300),
+        ("M3 Max", 40, 400),
+        ("M3 Ultra", None, 819),
+        ("M4", None, 120),
+        ("M4 Pro", None, 273),
+        ("M4 Max", 32, 410),
+        ("M4 Max", 40, 546),
+        ("M5", None, 153),
+        ("M5 Pro", None, 307),
+        ("M5 Max", 32, 460),
+        ("M5 Max", 40, 614),
+    )
+} | {
+    (f"NVIDIA {name}", None): (rate, _NVIDIA)
+    for name, rate in (
+        ("H200", 4800),
+        ("H100 80GB HBM3", 3350),
+        ("H100 PCIe", 2000),
+        ("A100-SXM4-80GB", 2039),
+        ("GeForce RTX 3090", 936),
+        ("GeForce RTX 4090", 1008),
+        ("GeForce RTX 5090", 1792),
+    )
+}
+
+
+def conditions() -> dict[str, Any]:
+    """Machine, system, power, versions, commit and memory bandwidth, as JSON can hold them.
+
+    What can't be found out is None. Measuring the bandwidth takes a second or two.
+    """
+    info = mx.device_info()
+    chip = str(info.get("device_name", platform.processor() or platform.machine()))
+    gpu_cores = _apple_gpu_cores()
+    quoted = QUOTED.get((chip, gpu_cores), QUOTED.get((chip, None)))
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "chip": chip,
+        "back_end": back_end(),
+        "device_info": {key: value if isinstance(value, int | float) else str(value) for key, value in info.items()},
+        "gpu_cores": gpu_cores,
+        "gpu_settings": _output("nvidia-smi", f"--query-gpu={_NVIDIA_FIELDS}", "--format=csv,noheader")
+        if back_end() == "cuda"
+        else None,
+        "cpu_cores": os.cpu_count(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "os": _system(),
+        "power_source": _power_source(),
+        "power_mode": _power_mode(),
+        "python": platform.python_version(),
+        "mlx": version("mlx"),
+        "numpy": version("numpy"),
+        "glm_mlx": _own_version(),
+        "commit": commit(),
+        "source_sha256": source_hash(),
+        "mlx_environment": {key: value for key, value in os.environ.items() if key.startswith("MLX_")},
+        "copy": copy_bandwidth(),
+        "quoted_gb_s": quoted[0] if quoted else None,
+        "quoted_by": quoted[1] if quoted else None,
+    }
+
+
+def describe(found: dict[str, Any]) -> list[str]:
+    """The same in two or three lines for a person."""
+    cores = f", {found['gpu_cores']} GPU cores" if found["gpu_cores"] else ""
+    quoted = f"; {found['quoted_gb_s']:,.0f} GB/s by {found['quoted_by']}" if found["quoted_gb_s"] else ""
+    power = ", ".join(str(found[key]) for key in ("power_source", "power_mode") if found[key]) or "unknown"
+    copy = found["copy"]
+    return [
+        f"{found['chip']}{cores} ({found['back_end']}), {found['cpu_cores']} CPU cores, "
+        f"{decimal(found['memory_bytes'])} memory, {found['os']}, power: {power}",
+        f"glm-mlx {found['glm_mlx']} at {found['commit'] or 'source ' + found['source_sha256']}, MLX {found['mlx']}, "
+        f"Python {found['python']}",
+        f"memory bandwidth {copy['gb_s']:,.1f} GB/s, measured by copies of {decimal(copy['bytes'])} there{quoted}",
+    ]
+
+
+def back_end() -> str:
+    """ "metal", "cuda" or "cpu"."""
+    if mx.default_device() == mx.Device(mx.cpu):
+        return "cpu"
+    return "metal" if mx.metal.is_available() else "cuda"
+
+
+def copy_bandwidth() -> dict[str, Any]:
+    """Bytes read and written a second by a device that copies: {"gb_s", "bytes" of a copy, "seconds" by copies}.
+
+    A copy is an elementwise operation that reads every word of one buffer and writes every word of another.
+    """
+    most, rounds = (32 << 20, 3) if back_end() == "cpu" else (256 << 20, 10)
+    words = min(most, available_memory() // (4 * COPIES[-1])) // 4
+    source = mx.random.split(mx.random.key(0), words // 2)
+    mx.eval(source)
+
+    def seconds(copies: int) -> float:
+        start = time.perf_counter()
+        buffers = [source]
+        for _ in range(copies):  # the list keeps them all, so that none is overwritten in place
+            buffers.append(mx.bitwise_invert(buffers[-1]))
+        mx.eval(buffers[-1])
+        return time.perf_counter() - start
+
+    for _ in range(2):
+        seconds(COPIES[-1])
+    samples = {copies: [seconds(copies) for _ in range(rounds)] for copies in COPIES}
+    few, many = (summarize(samples[copies]).median for copies in COPIES)
+    moved = (COPIES[1] - COPIES[0]) * 2 * source.nbytes
+    return {"gb_s": moved / (many - few) / 1e9, "bytes": source.nbytes, "seconds": samples}
+
+
+def commit() -> str | None:
+    """The short hash of the checkout, "+" if tracked files differ from it; None outside of git."""
+    short = _output("git", "-C", str(ROOT), "rev-parse", "--short=10", "HEAD")
+    if short is None:
+        return None
+    return short + ("+" if _output("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no") else "")
+
+
+def source_hash() -> str:
+    """Of the text that runs, kernels and product: the same on every machine with the same files, also outside git."""
+    digest = hashlib.sha256()
+    for path in sorted((*ROOT.glob("glm_mlx/*.py"), *ROOT.glob("kernels/*.*"))):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:12]
+
+
+_NVIDIA_FIELDS = "driver_version,power.limit,clocks.max.sm,clocks.max.mem,persistence_mode"
+
+
+def _system() -> str:
+    if sys.platform == "darwin":
+        return f"macOS {platform.mac_ver()[0]}"
+    name = f"{platform.system()} {platform.release()} {platform.machine()}"
+    try:
+        return f"{platform.freedesktop_os_release()['PRETTY_NAME']}, {name}"
+    except (OSError, KeyError):
+        return name
+
+
+def _own_version() -> str | None:
+    try:
+        return version("glm-mlx")
+    except PackageNotFoundError:
+        return None
+
+
+def _power_source() -> str | None:
+    battery = psutil.sensors_battery() if hasattr(psutil, "sensors_battery") else None
+    if battery is None or battery.power_plugged is None:
+        return None
+    return "AC power" if battery.power_plugged else "battery"
+
+
+def _power_mode() -> str | None:
+    if sys.platform == "darwin":
+        modes = {"0": "automatic", "1": "low power", "2": "high power"}
+        for line in (_output("pmset", "-g") or "").splitlines():
+            name, _, value = line.strip().partition(" ")
+            if name in ("powermode", "lowpowermode"):
+                return modes.get(value.strip(), value.strip())
+        return None
+    for path in ("/sys/firmware/acpi/platform_profile", "/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"):
+        if text := _quietly(Path(path).read_text):
+            return text.strip()
+    return None
+
+
+def _apple_gpu_cores() -> int | None:
+    if sys.platform != "darwin":
+        return None
+    try:
+        displays = json.loads(_output("system_profiler", "SPDisplaysDataType", "-json") or "{}")
+        return int(displays["SPDisplaysDataType"][0]["sppci_cores"])
+    except (ValueError, KeyError, IndexError):
+        return None
+
+
+def _quietly(read: Callable[[], str]) -> str | None:
+    try:
+        return read()
+    except OSError:
+        return None
+
+
+def _output(*command: str) -> str | None:
+    """What a program prints; None where it is missing or fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

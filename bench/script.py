@@ -1,0 +1,145 @@
+"""What the scripts of this folder share: arguments, tables, JSON files, and errors of one line."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, NoReturn
+
+import mlx.core as mx
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from glm_mlx.errors import InputError
+from glm_mlx.gguf import shown
+
+NOTES = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
+
+
+class Parser(argparse.ArgumentParser):
+    """Complains in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"error: {message}; see -h", file=sys.stderr)
+        sys.exit(2)
+
+
+def parser(name: str, doc: str | None) -> Parser:
+    """`doc`: the script's own, whose first line says what it does and whose rest is shown below the options."""
+    summary, _, rest = (doc or "").partition("\n")
+    made = Parser(
+        prog=f"python bench/{name}.py",
+        description=summary,
+        epilog=rest,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument(
+        "--json", type=Path, metavar="FILE", help="where every sample goes (default: a new file in the user's cache)"
+    )
+    return made
+
+
+def whole(least: int) -> Callable[[str], int]:
+    """An argument that must be a whole number from `least`; "4k" is 4096."""
+
+    def parse(text: str) -> int:
+        digits, factor = (text[:-1], 1024) if text[-1:] in ("k", "K") else (text, 1)
+        if not digits.isascii() or not digits.isdigit() or int(digits) * factor < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least}")
+        return int(digits) * factor
+
+    return parse
+
+
+def listed(items: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    """An argument with several values, and commas between them."""
+
+    def parse(text: str) -> list[Any]:
+        return [items(item) for item in text.split(",")]
+
+    return parse
+
+
+def choice(*known: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text not in known:
+            raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(known)}")
+        return text
+
+    return parse
+
+
+def dtype_name(dtype: mx.Dtype) -> str:
+    return str(dtype).removeprefix("mlx.core.")
+
+
+def results_file(name: str, given: Path | None) -> Path:
+    """Where the JSON of a run goes. Raises InputError now, and not after the run, where that can't be written."""
+    if given is None:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        stamp = datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%S")
+        given = cache / "glm-mlx" / "bench" / f"{name}-{stamp}-{os.getpid()}.json"
+        with suppress(OSError):
+            given.parent.mkdir(parents=True, exist_ok=True)
+    if given.is_dir() or not os.access(given if given.exists() else given.parent, os.W_OK):
+        raise InputError(f"cannot write {shown(given)}; name another file with --json")
+    return given
+
+
+def write_json(path: Path, report: dict[str, Any]) -> None:
+    path.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
+    NOTES.print(f"every sample and the conditions: {shown(path)}", style="dim", markup=False)
+
+
+def table(title: str, columns: Sequence[str], words: int = 1) -> Table:
+    """An empty table whose first `words` columns hold words, the others numbers."""
+    made = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD if sys.stdout.isatty() else None)
+    made.pad_edge = False
+    for i, name in enumerate(columns):
+        made.add_column(name, justify="left" if i < words else "right", no_wrap=True)
+    return made
+
+
+def show(lines: Sequence[str], filled: Table, notes: Sequence[str] = ()) -> None:
+    """Lines, a table and notes on standard output: within the width of a terminal, plain and whole in a pipe."""
+    console = Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else 1000)
+    for line in lines:
+        console.print(line, soft_wrap=True, markup=False)
+    console.print()
+    console.print(filled)
+    for note in notes:
+        console.print(note, soft_wrap=True, markup=False)
+
+
+def run(work: Callable[[], int]) -> int:
+    """The exit code of a script: 0 done, 2 for what can't be used or done, 130 for Ctrl-C. No traceback for a user."""
+    try:
+        return work()
+    except InputError as error:
+        return _error(str(error))
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of a pipe has enough; a second complaint at exit must not follow
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return _error(f"out of memory: {error}; measure less deep contexts, or fewer layers")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in ("allocate", "out of memory"))
+    )
+
+
+def _error(line: str) -> int:
+    print(f"error: {line}", file=sys.stderr)
+    return 2
