@@ -25,6 +25,7 @@ from kernels.qmv import gather_qmv_ops, qmv_ops
 
 DEPTH = 8  # chunks that a lane loads in one go, at most
 ROWS = 4  # rows of a threadgroup
+PARTS = 1  # that the columns of an expert are cut into
 MAX_SIMDGROUPS = 8  # of a threadgroup
 
 
@@ -82,7 +83,8 @@ def _launch(
 ) -> launcher.Launch:
     num_experts, rows, width = kinds[0][1]
     shared_width = kinds[1][1][1] if len(kinds) > 1 else 0
-    slots = top_k + shared_width // width
+    parts = PARTS if width % (8 * PARTS) == 0 else 1
+    slots = (top_k + shared_width // width) * parts
     simdgroups = min(slots, MAX_SIMDGROUPS)
     return launcher.prepare(
         back_end,
@@ -93,11 +95,12 @@ def _launch(
         template={
             "T": dtype,
             "WIDTH": width,
-            "DEPTH": launcher.depth(width, DEPTH),
+            "DEPTH": launcher.depth(width // parts, DEPTH),
             "SHARED_WIDTH": shared_width,
             "ROWS_IN_ALL": rows,
             "EXPERTS": num_experts,
             "TOP_K": top_k,
+            "PARTS": parts,
             "SLOTS": slots,
             "ROWS": ROWS,
             "SIMDGROUPS": simdgroups,
