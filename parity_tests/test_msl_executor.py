@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import mlx.core as mx
@@ -13,6 +13,7 @@ if not sys.platform.startswith("linux"):
     pytest.skip("the executor runs on Linux; a Mac runs the kernels themselves", allow_module_level=True)
 
 from parity_tests.msl import KernelError, LaunchReport, executing
+from parity_tests.msl.apple import LAUNCH, SHARED_CACHE, apple_time
 from parity_tests.msl.capture import capture
 from parity_tests.msl.source import translate
 
@@ -499,6 +500,36 @@ def test_traffic_shows_lanes_that_stand_apart() -> None:
     w = report.buffer("w")
     assert w.unique_read == 6 * 96 * 4
     assert w.coalescing == pytest.approx(1 / 3)
+
+
+def test_traffic_counts_lines_once_in_a_threadgroup() -> None:
+    """Two rows a threadgroup, six threadgroups: each fetches its own 6 lines of w, and all of x, sel and y again."""
+    _, report = gather([3, 0])
+    lines = {b.name: (b.touched_lines, b.fetched_lines) for b in report.buffers if b.size}
+    assert lines == {"w": (36, 36), "x": (3, 18), "sel": (1, 6), "y": (1, 6)}
+    assert report.buffer("x").fetched == 18 * 128
+    _, apart = gather([1], stride=3)  # lanes stand apart, but a cache makes up for that
+    assert (apart.buffer("w").touched_lines, apart.buffer("w").fetched_lines) == (18, 18)
+    call = Call(IN_GRID + "y[i] = x[i];", grid=(N, 1, 1), threadgroup=(16, 1, 1))  # half a line a threadgroup
+    _, halves = call.run()
+    assert (halves.buffer("x").touched_lines, halves.buffer("x").fetched_lines) == (2, 4)
+    straddling = Call(IN_GRID + "y[i] = x[i + 16];", inputs={"x": np.zeros(80, np.float32)}, threadgroup=(32, 1, 1))
+    _, report = straddling.run()
+    assert (report.buffer("x").touched_lines, report.buffer("x").fetched_lines) == (3, 4)
+
+
+def test_modelled_time_is_launch_and_bytes() -> None:
+    _, report = gather([3, 0])
+    once = (36 + 3 + 1 + 1) * 128  # everything is small here, and is served once
+    assert apple_time(report, "M1") == pytest.approx(LAUNCH + once / 68e9)
+    assert apple_time(report, "M3 Ultra") == pytest.approx(LAUNCH + once / 819e9)
+    large = [replace(b, size=SHARED_CACHE + 1) if b.name == "x" else b for b in report.buffers]
+    assert apple_time(replace(report, buffers=large), "M1") == pytest.approx(LAUNCH + (once + 15 * 128) / 68e9)
+    with pytest.raises(ValueError, match="chip 'M7': one of M1, M1 Pro"):
+        apple_time(report, "M7")
+    _, fast = gather([3, 0], mode="fast")
+    with pytest.raises(ValueError, match="fast mode counts no bytes"):
+        apple_time(fast, "M1")
 
 
 def test_traffic_counts_barriers_and_threadgroup_memory() -> None:

@@ -2,8 +2,8 @@
 
 Inside `mx.export_function` a call of a custom kernel is traced, not launched, and the exporter shows its primitive with
 the generated source, the grid and the threadgroup. So the signature, the template arguments and the choice between
-`constant` and `device` are MLX's own. Works in MLX 0.32.0 to 0.32.4, in under a millisecond; the order of the primitive's
-arguments is not documented, so `capture` checks their types and says so when they have changed.
+`constant` and `device` are MLX's own. Works in MLX 0.32.0 to 0.32.4, in under a millisecond; the order of the
+primitive's arguments is not documented, so `capture` checks their types and says so when they have changed.
 """
 
 from collections.abc import Callable, Sequence

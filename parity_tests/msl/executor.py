@@ -55,7 +55,10 @@ class _Buffer(ctypes.Structure):  # simt.cpp explains these
 class _Traffic(ctypes.Structure):
     _fields_ = tuple(
         (n, ctypes.c_uint64)
-        for n in ("read", "written", "unique_read", "unique_written", "accesses", "lines", "least_lines")
+        for n in (
+            *("read", "written", "unique_read", "unique_written"),
+            *("accesses", "lines", "least_lines", "touched_lines", "fetched_lines"),
+        )
     )
 
 

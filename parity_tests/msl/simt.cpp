@@ -23,6 +23,7 @@ struct Traffic {  // of one buffer over the whole grid
   uint64_t read, written;                // bytes, every access counted
   uint64_t unique_read, unique_written;  // bytes, each counted once
   uint64_t accesses, lines, least_lines;  // by simdgroups: 128-byte lines touched, and the fewest that could hold the bytes
+  uint64_t touched_lines, fetched_lines;  // lines: each once in the grid, and each once in a threadgroup
 };
 struct Counts {
   uint64_t threadgroup_barriers, simdgroup_barriers, simdgroup_operations, accesses, shared_bytes;
@@ -101,6 +102,7 @@ struct Region {
   BufferKind kind;
   Array<Cell> cells;             // outputs and threadgroup memory
   Array<uint8_t> seen, changed;  // a bit per byte, for the traffic report
+  Array<uint32_t> visitor;       // of each line: the last threadgroup that touched it, + 1
   Traffic traffic;
 };
 struct Access {  // one instruction of one simdgroup: what its lanes asked for
@@ -305,6 +307,12 @@ void note(Region& r, char* address, unsigned size, bool is_write, const void* pc
   (is_write ? r.traffic.written : r.traffic.read) += size;
   if (r.kind == SHARED) return;
   mark(is_write ? r.changed : r.seen, address - r.begin, size);
+  for (size_t line = (address - r.begin) / LINE, last = (address - r.begin + size - 1) / LINE; line <= last; ++line) {
+    uint32_t& visitor = r.visitor[line];
+    if (visitor == group_number + 1) continue;
+    r.traffic.touched_lines += visitor == 0, r.traffic.fetched_lines++;
+    visitor = group_number + 1;
+  }
   uint32_t h = (uint32_t)((uintptr_t)pc * 2654435761u >> 7) % MAX_SITES;
   while (sites[h].pc && sites[h].pc != pc) h = (h + 1) % MAX_SITES;
   CodeSite& s = sites[h];
@@ -539,7 +547,7 @@ void add_region(char* begin, const Buffer* b) {
   memset(&r.traffic, 0, sizeof r.traffic);
   r.cells.reset(b->kind == INPUT ? 0 : b->size);
   if (b->filled) for (uint64_t i = 0; i < b->size; ++i) r.cells[i].filled = true;
-  if (run.collect) r.seen.reset(b->size / 8 + 1), r.changed.reset(b->size / 8 + 1);
+  if (run.collect) r.seen.reset(b->size / 8 + 1), r.changed.reset(b->size / 8 + 1), r.visitor.reset(b->size / LINE + 1);
 }
 uint64_t ones(Array<uint8_t>& bits) {
   uint64_t n = 0;
@@ -602,7 +610,7 @@ extern "C" int msl_run(const Launch* launch, char* text, uint64_t text_size, Tra
     }
     if (run.collect) r.traffic.unique_read = ones(r.seen), r.traffic.unique_written = ones(r.changed);
     traffic[r.kind == SHARED ? run.buffer_count : i] = r.traffic;
-    r.cells.reset(0), r.seen.reset(0), r.changed.reset(0);
+    r.cells.reset(0), r.seen.reset(0), r.changed.reset(0), r.visitor.reset(0);
   }
   for (uint32_t i = 0; i < run.buffer_count; ++i) free(copies[i]);
   free(all_stacks);

@@ -10,7 +10,8 @@ class BufferTraffic:
     """Bytes of one buffer over the whole grid. read, written: every access of every thread; unique_*: each byte once.
 
     accesses: instructions of a simdgroup that met the buffer; lines: the 128-byte lines they touched; least_lines: the
-    fewest lines that could have held the bytes they asked for. Zero for threadgroup memory, which has no lines.
+    fewest lines that could have held the bytes they asked for. touched_lines: each line once in the whole grid;
+    fetched_lines: each once in every threadgroup, read or written. All of these are zero for threadgroup memory.
     """
 
     name: str
@@ -22,6 +23,13 @@ class BufferTraffic:
     accesses: int
     lines: int
     least_lines: int
+    touched_lines: int
+    fetched_lines: int
+
+    @property
+    def fetched(self) -> int:
+        """Bytes that a GPU would ask of memory if every threadgroup had a cache, and none of them shared it."""
+        return LINE * self.fetched_lines
 
     @property
     def coalescing(self) -> float:
@@ -54,11 +62,12 @@ class LaunchReport:
             f"{self.kernel}: grid {self.grid}, threadgroup {self.threadgroup}, {self.threadgroup_memory} bytes of "
             f"threadgroup memory, {self.threadgroup_barriers} threadgroup barriers, "
             f"{self.simdgroup_barriers} simdgroup barriers, {self.simdgroup_operations} simdgroup operations",
-            f"{'buffer':24}{'size':>12}{'read':>14}{'unique':>12}{'written':>12}{'unique':>12}{'coalescing':>12}",
+            f"{'buffer':24}{'size':>12}{'read':>14}{'unique':>12}{'written':>12}{'unique':>12}{'fetched':>14}"
+            f"{'coalescing':>12}",
         ]
         lines += [
             f"{b.name:24}{b.size:>12,}{b.read:>14,}{b.unique_read:>12,}{b.written:>12,}{b.unique_written:>12,}"
-            f"{b.coalescing:>12.1%}"
+            f"{b.fetched:>14,}{b.coalescing:>12.1%}"
             for b in self.buffers
         ]
         return "\n".join(lines)
