@@ -18,7 +18,8 @@ apple     what they would cost on an Apple GPU, by a simple model: `apple_time`
 
 What this cannot show: that Apple's compiler accepts the text (the shim is our reading of Metal), how fast it is, how
 its transcendental functions round, and what simdgroups do between barriers on a real GPU beyond the orders tried here.
-Caches are not modelled, beyond counting what they could save. x86-64 Linux; arm64 Linux has a context switch that has not been run.
+Caches are not modelled, beyond counting what they could save. x86-64 Linux; arm64 Linux has a context switch that has
+not been run.
 """
 
 from parity_tests.msl.apple import apple_time
