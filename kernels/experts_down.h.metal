@@ -12,18 +12,18 @@ inline void add_rows(
     Raw raw[ROWS][DEPTH];
 #pragma unroll
     for (int d = 0; d < DEPTH; ++d) {
-      if (has_chunk<CHUNKS, DEPTH>(step + lane + uint(32 * d))) {
+      if (has_chunk<CHUNKS, DEPTH * 32>(step + lane + uint(32 * d))) {
 #pragma unroll
         for (int r = 0; r < ROWS; ++r) {
-          raw[r][d] = load(w, min(first + uint(r), last), begin, d);
+          raw[r][d] = load(w, min(first + uint(r), last), begin, 32 * d);
         }
       }
     }
     LOADS_END
 #pragma unroll
     for (int d = 0; d < DEPTH; ++d) {
-      if (has_chunk<CHUNKS, DEPTH>(step + lane + uint(32 * d))) {
-        const Eight x8 = load_eight(x, begin, d);
+      if (has_chunk<CHUNKS, DEPTH * 32>(step + lane + uint(32 * d))) {
+        const Eight x8 = load_eight(x, begin, 32 * d);
 #pragma unroll
         for (int r = 0; r < ROWS; ++r) {
           parts[r] += dot(decode(w, raw[r][d], begin), x8);

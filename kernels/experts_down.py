@@ -95,7 +95,7 @@ def _launch(
         template={
             "T": dtype,
             "WIDTH": width,
-            "DEPTH": launcher.depth(width // parts, DEPTH),
+            "DEPTH": launcher.depth(width // parts, launcher.LANES, DEPTH),
             "SHARED_WIDTH": shared_width,
             "ROWS_IN_ALL": rows,
             "EXPERTS": num_experts,

@@ -14,20 +14,20 @@ inline void swiglu_rows(G gate, U up, const device T* x, uint first, uint last, 
     Raw raw_up[ROWS][DEPTH];
 #pragma unroll
     for (int d = 0; d < DEPTH; ++d) {
-      if (has_chunk<COLS / 8, DEPTH>(begin + uint(32 * d))) {
+      if (has_chunk<COLS / 8, DEPTH * 32>(begin + uint(32 * d))) {
 #pragma unroll
         for (int r = 0; r < ROWS; ++r) {
           const uint row = min(first + uint(r), last);
-          raw_gate[r][d] = load(gate, row, begin, d);
-          raw_up[r][d] = load(up, row, begin, d);
+          raw_gate[r][d] = load(gate, row, begin, 32 * d);
+          raw_up[r][d] = load(up, row, begin, 32 * d);
         }
       }
     }
     LOADS_END
 #pragma unroll
     for (int d = 0; d < DEPTH; ++d) {
-      if (has_chunk<COLS / 8, DEPTH>(begin + uint(32 * d))) {
-        const Eight x8 = load_eight(x, begin, d);
+      if (has_chunk<COLS / 8, DEPTH * 32>(begin + uint(32 * d))) {
+        const Eight x8 = load_eight(x, begin, 32 * d);
 #pragma unroll
         for (int r = 0; r < ROWS; ++r) {
           gates[r] += dot(decode(gate, raw_gate[r][d], begin), x8);

@@ -63,7 +63,7 @@ def _launch(
     template: dict[str, int | bool | mx.Dtype] = {
         "T": dtype,
         "COLS": cols,
-        "DEPTH": launcher.depth(cols, DEPTH),
+        "DEPTH": launcher.depth(cols, launcher.LANES, DEPTH),
         "WIDTH": width,
         "EXPERTS": num_experts,
         "TOP_K": top_k,

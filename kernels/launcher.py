@@ -210,9 +210,9 @@ def prepare(
     )
 
 
-def depth(cols: int, most: int) -> int:
-    """How many chunks of a row a lane loads in one go: at most `most`, and so that no turn is half empty."""
-    turns = -(-cols // (8 * LANES))
+def depth(cols: int, lanes: int, most: int) -> int:
+    """How many chunks of a row each of its lanes loads in one go: at most `most`, and so that no turn is half empty."""
+    turns = -(-cols // (8 * lanes))
     return max(d for d in range(1, most + 1) if turns % d == 0)
 
 

@@ -1,34 +1,63 @@
-// ROWS rows of one matrix times TOKENS rows of x, by one simdgroup. The last rows of a matrix may be fewer: a row past
-// `last` is computed again as `last` and not written.
-template <int ROWS, int TOKENS, int DEPTH, int COLS, class W, class T>
-inline void qmv_rows(W w, const device T* x, device T* y, uint first, uint rows, uint lane) {
+// Rows of one matrix times TOKENS rows of x, by one simdgroup: LANES lanes share a row, so that the simdgroup works on
+// 32 / LANES rows side by side, ROWS times. The last rows of a matrix may be fewer: a row past them is computed again
+// as the last one and not written.
+//
+// NORMED: x is divided by its root mean square and multiplied by `norm_weight`. The sum of squares is taken on the way,
+// and divides the result. RESIDUAL: `residual` is added.
+template <int ROWS, int TOKENS, int DEPTH, int LANES, bool NORMED, bool RESIDUAL, int COLS, class W, class T>
+inline void qmv_rows(
+    W w,
+    const device T* x,
+    const device float* norm_weight,
+    float eps,
+    const device T* residual,
+    device T* y,
+    uint base,
+    uint first,
+    uint rows,
+    uint lane) {
+  first += lane / uint(LANES);
   float sums[ROWS][TOKENS];
+  float squares[TOKENS];
 #pragma unroll
-  for (int r = 0; r < ROWS; ++r) {
+  for (int t = 0; t < TOKENS; ++t) {
+    squares[t] = 0.0f;
 #pragma unroll
-    for (int t = 0; t < TOKENS; ++t) {
+    for (int r = 0; r < ROWS; ++r) {
       sums[r][t] = 0.0f;
     }
   }
-  for (uint step = 0; step < uint(COLS / 8); step += 32 * DEPTH) {
-    const uint begin = step + lane;
+  for (uint step = 0; step < uint(COLS / 8); step += DEPTH * LANES) {
+    const uint begin = step + lane % uint(LANES);
     Raw raw[ROWS][DEPTH];
 #pragma unroll
     for (int d = 0; d < DEPTH; ++d) {
-      if (has_chunk<COLS / 8, DEPTH>(begin + uint(32 * d))) {
+      if (has_chunk<COLS / 8, DEPTH * LANES>(begin + uint(LANES * d))) {
 #pragma unroll
         for (int r = 0; r < ROWS; ++r) {
-          raw[r][d] = load(w, min(first + uint(r), rows - 1u), begin, d);
+          raw[r][d] = load(w, base + min(first + uint(32 / LANES * r), rows - 1u), begin, LANES * d);
         }
       }
     }
     LOADS_END
 #pragma unroll
     for (int d = 0; d < DEPTH; ++d) {
-      if (has_chunk<COLS / 8, DEPTH>(begin + uint(32 * d))) {
+      if (has_chunk<COLS / 8, DEPTH * LANES>(begin + uint(LANES * d))) {
+        Eight gain;
+        if (NORMED) {
+          gain = load_eight(norm_weight, begin, LANES * d);
+        }
 #pragma unroll
         for (int t = 0; t < TOKENS; ++t) {
-          const Eight x8 = load_eight(x + t * COLS, begin, d);
+          Eight x8 = load_eight(x + t * COLS, begin, LANES * d);
+          if (NORMED) {
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+              squares[t] = fma(x8.v[i], x8.v[i], squares[t]);
+              x8.v[i] *= gain.v[i];
+            }
+            x8 = with_sum(x8);
+          }
 #pragma unroll
           for (int r = 0; r < ROWS; ++r) {
             sums[r][t] += dot(decode(w, raw[r][d], begin), x8);
@@ -38,12 +67,15 @@ inline void qmv_rows(W w, const device T* x, device T* y, uint first, uint rows,
     }
   }
 #pragma unroll
-  for (int r = 0; r < ROWS; ++r) {
+  for (int t = 0; t < TOKENS; ++t) {
+    const float inverse = NORMED ? rsqrt(lanes_sum<LANES>(squares[t]) / float(COLS) + eps) : 1.0f;
 #pragma unroll
-    for (int t = 0; t < TOKENS; ++t) {
-      const float sum = simd_sum(sums[r][t]);
-      if (lane == 0 && first + uint(r) < rows) {
-        y[uint(t) * rows + first + uint(r)] = T(sum);
+    for (int r = 0; r < ROWS; ++r) {
+      const float sum = lanes_sum<LANES>(sums[r][t]) * inverse;
+      const uint row = first + uint(32 / LANES * r);
+      if (lane % uint(LANES) == 0 && row < rows) {
+        const uint at = uint(t) * rows + row;
+        y[at] = T(RESIDUAL ? sum + float(residual[at]) : sum);
       }
     }
   }

@@ -1,9 +1,19 @@
-// A simdgroup takes ROWS rows of one matrix; the matrices of x follow each other in the grid.
+// A simdgroup takes ROWS * 32 / LANES rows of one matrix; the matrices of x follow each other in the grid. Heads, each
+// with its own matrix and its own x, lie along the grid's second dimension.
 const uint lane = thread_index_in_simdgroup;
 const uint block = threadgroup_position_in_grid.x * uint(SIMDGROUPS) + simdgroup_index_in_threadgroup;
-#define ROWS_OF(W, Y, BEGIN, COUNT)                                                \
-  if (block >= uint(BEGIN) && block < uint(BEGIN + (COUNT + ROWS - 1) / ROWS)) {   \
-    const uint first = (block - uint(BEGIN)) * uint(ROWS);                         \
-    qmv_rows<ROWS, TOKENS, DEPTH, COLS>(W, x, Y, first, uint(COUNT), lane);        \
+const uint head = threadgroup_position_in_grid.y;
+#ifndef NORM
+const device float* norm_weight = 0;
+#endif
+#ifndef RESIDUAL
+const device T* residual = 0;
+#endif
+constexpr int BLOCK = ROWS * 32 / LANES;
+#define ROWS_OF(W, Y, BEGIN, COUNT)                                                                            \
+  if (block >= uint(BEGIN) && block < uint(BEGIN + (COUNT + BLOCK - 1) / BLOCK)) {                             \
+    qmv_rows<ROWS, TOKENS, DEPTH, LANES, HAS_NORM, HAS_RESIDUAL, COLS>(                                        \
+        W, x + head * uint(TOKENS * COLS), norm_weight, EPS, residual, Y + head * uint(TOKENS * COUNT),        \
+        head * uint(COUNT), (block - uint(BEGIN)) * uint(BLOCK), uint(COUNT), lane);                           \
   }
 MATRICES(ROWS_OF)

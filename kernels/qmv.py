@@ -1,16 +1,15 @@
 """Multiply rows by quantised matrices.
 
-qmv(x, w) -> y, qmv_ops(x, w) -> y
-    x  (..., L, cols)     float32, bfloat16 or float16
-    w  (rows, cols)       a `Weight`; for `qmv_ops` also (..., rows, cols) with the leading dimensions of x
-    y  (..., L, rows)     dtype of x; summed in float32
+qmv(x, w, norm, residual) -> y, and the same with `_ops`
+    x         (..., L, cols)     float32, bfloat16 or float16
+    w         (rows, cols)       a `Weight`; for `qmv_ops` also (..., rows, cols) with the leading dimensions of x
+    norm      `Norm` or None     x is RMS-normed first: x / sqrt(mean(x^2) + eps) * weight
+    residual  (..., L, rows)     added to the result, or None
+    y         (..., L, rows)     dtype of x; summed in float32
 
-qmv_all(x, weights) -> [y, ...]: several matrices of one x, in one launch.
+qmv_all(x, weights, norm) -> [y, ...]: several matrices of one x, in one launch.
 
-The kernel takes up to 8 rows of x and reads the planes of each matrix once, at the file's own bits; a simdgroup
-computes a few rows of one matrix, a lane every 32nd chunk of eight columns. More rows go to MLX's matmul.
-
-head_qmv_ops(x, w) -> y
+head_qmv(x, w) -> y, and the same with `_ops`
     x  (B, H, L, cols)
     w  (H, rows, cols)    every head its own
     y  (B, H, L, rows)
@@ -21,10 +20,14 @@ gather_qmv_ops(x, w, experts) -> y
     experts  (T, K)  integers in [0, E)
     y        (T, K, rows)
 
-The weights are never expanded, except IQ4_NL's, which MLX's affine matmul cannot hold.
+The kernel takes up to 8 rows of x (of each head), reads the planes of each matrix once, at the file's own bits, and
+keeps the normed x in float32. A simdgroup computes a few rows of one matrix: all its lanes share a row of 512 columns
+or more, 8 or 16 of them a shorter one. More rows of x go to MLX's matmul, for which the weights are never expanded,
+except IQ4_NL's, which its affine form cannot hold.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 
 import mlx.core as mx
@@ -33,47 +36,101 @@ from kernels import launcher
 from kernels.planes import GROUP, QuantizedTensor, Weight, dequantize_ops, group_scales
 
 DEPTH = 8  # chunks that a lane loads in one go, at most
-ROWS, SIMDGROUPS = 2, 4  # rows of a simdgroup, simdgroups of a threadgroup
+ROWS, SIMDGROUPS = 1, 4  # rows that lanes take one after the other, simdgroups of a threadgroup
 
 
-def qmv(x: mx.array, w: Weight) -> mx.array:
-    return qmv_all(x, (w,))[0]
+@dataclass(frozen=True)
+class Norm:
+    """RMSNorm of (..., cols): weight (cols,) float32."""
+
+    weight: mx.array
+    eps: float
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return mx.fast.rms_norm(x, self.weight, self.eps).astype(x.dtype)
 
 
-def qmv_all(x: mx.array, weights: Sequence[Weight]) -> list[mx.array]:
+def qmv(x: mx.array, w: Weight, norm: Norm | None = None, residual: mx.array | None = None) -> mx.array:
+    return _qmv(x, (w,), norm, residual)[0]
+
+
+def qmv_all(x: mx.array, weights: Sequence[Weight], norm: Norm | None = None) -> list[mx.array]:
+    return _qmv(x, weights, norm, None)
+
+
+def _qmv(x: mx.array, weights: Sequence[Weight], norm: Norm | None, residual: mx.array | None) -> list[mx.array]:
     tokens = x.size // x.shape[-1]
     back_end = launcher.back_end("qmv") if tokens <= launcher.MAX_TOKENS else None
     if back_end is None or not launcher.fits(*weights):
-        return [qmv_ops(x, w) for w in weights]
-    launch = _launch(back_end, tokens, x.dtype, tuple(launcher.kind(w) for w in weights))
+        normed = x if norm is None else norm(x)
+        return [y if residual is None else residual + y for y in (qmv_ops(normed, w) for w in weights)]
+    kinds = tuple(launcher.kind(w) for w in weights)
+    launch = _launch(back_end, 1, tokens, x.dtype, kinds, None if norm is None else norm.eps, residual is not None)
+    extra = [] if norm is None else [norm.weight]
+    if residual is not None:
+        extra.append(residual)
     planes = [plane for w in weights for plane in launcher.planes(w)]
-    return [y.reshape(*x.shape[:-1], -1) for y in launch(x, *planes)]
+    return [y.reshape(*x.shape[:-1], -1) for y in launch(x, *extra, *planes)]
+
+
+def head_qmv(x: mx.array, w: Weight) -> mx.array:
+    batch, heads, length, _ = x.shape
+    back_end = launcher.back_end("qmv") if batch == 1 and length <= launcher.MAX_TOKENS else None
+    if back_end is None or not launcher.fits(w):
+        return head_qmv_ops(x, w)
+    kind, shape = launcher.kind(w)
+    launch = _launch(back_end, heads, length, x.dtype, ((kind, shape[1:]),), None, False)
+    return launch(x, *launcher.planes(w))[0].reshape(1, heads, length, -1)
+
+
+def _lanes(kind: str, cols: int) -> int:
+    """How many lanes share a row: so few that each has work. K-quants are read 32 chunks at a time."""
+    if kind.endswith("_K"):
+        return 32
+    return next(lanes for lanes in (32, 16, 8) if cols // 8 >= 2 * lanes or lanes == 8)
 
 
 @cache
 def _launch(
-    back_end: launcher.BackEnd, tokens: int, dtype: mx.Dtype, kinds: tuple[launcher.Kind, ...]
+    back_end: launcher.BackEnd,
+    heads: int,
+    tokens: int,
+    dtype: mx.Dtype,
+    kinds: tuple[launcher.Kind, ...],
+    eps: float | None,
+    with_residual: bool,
 ) -> launcher.Launch:
-    blocks, matrices, cols = 0, [], kinds[0][1][1]
+    cols = kinds[0][1][1]
+    lanes = max(_lanes(kind, cols) for kind, _ in kinds)
+    block = ROWS * launcher.LANES // lanes
+    blocks, matrices = 0, []
     for i, (_, (rows, _)) in enumerate(kinds):
         matrices.append(f"DO(W{i}, y{i}, {blocks}, {rows})")
-        blocks += -(-rows // ROWS)
+        blocks += -(-rows // block)
+    defines = {"MATRICES(DO)": " ".join(matrices), "EPS": f"{eps or 0.0!r}f"}
+    if eps is not None:
+        defines["NORM"] = ""
+    if with_residual:
+        defines["RESIDUAL"] = ""
     return launcher.prepare(
         back_end,
         "qmv",
-        inputs=["x"],
+        inputs=["x", *["norm_weight"] * (eps is not None), *["residual"] * with_residual],
         weights={f"W{i}": kind for i, kind in enumerate(kinds)},
-        outputs={f"y{i}": ((tokens, shape[0]), dtype) for i, (_, shape) in enumerate(kinds)},
+        outputs={f"y{i}": ((heads * tokens, shape[0]), dtype) for i, (_, shape) in enumerate(kinds)},
         template={
             "T": dtype,
             "TOKENS": tokens,
             "COLS": cols,
-            "DEPTH": launcher.depth(cols, DEPTH),
+            "DEPTH": launcher.depth(cols, lanes, DEPTH),
+            "LANES": lanes,
             "ROWS": ROWS,
             "SIMDGROUPS": SIMDGROUPS,
+            "HAS_NORM": eps is not None,
+            "HAS_RESIDUAL": with_residual,
         },
-        defines={"MATRICES(DO)": " ".join(matrices)},
-        threadgroups=(-(-blocks // SIMDGROUPS), 1, 1),
+        defines=defines,
+        threadgroups=(-(-blocks // SIMDGROUPS), heads, 1),
         simdgroups=SIMDGROUPS,
     )
 

@@ -3,8 +3,9 @@
 // Each type of weight is a struct of its planes. Its rows are counted over all leading dimensions, so that row r of
 // expert e is e * rows + r. COLS is the length of a row; chunk c of a row holds its values 8c .. 8c + 7.
 //
-//   load(w, row, chunk, d) -> Raw      the bytes of chunk + 32 d; the constant part goes into the load's own offset
-//   decode(w, raw, chunk) -> Chunk     value = scale * quants[i] + minimum; 32 more chunks decode alike
+//   load(w, row, chunk, ahead) -> Raw  the bytes of chunk + ahead; `ahead` is a constant, a multiple of 8 (of 32 for
+//                                      K-quants), and goes into the offset of the load itself
+//   decode(w, raw, chunk) -> Chunk     value = scale * quants[i] + minimum; chunk + ahead decodes alike
 //   dot(chunk, x)                      the sum of eight values times x
 //
 // A lane takes chunks lane, lane + 32, ...: whatever the type, a simdgroup then reads neighbouring bytes. It loads DEPTH
@@ -47,11 +48,11 @@ inline Eight with_sum(Eight x) {
   return x;
 }
 
-// Eight activations, from chunk + 32 d on.
-inline Eight load_eight(const device float* x, uint chunk, int d) {
+// Eight activations: chunk + ahead.
+inline Eight load_eight(const device float* x, uint chunk, int ahead) {
   const device float4* words = (const device float4*)x + chunk * 2;
-  const float4 low = words[64 * d];
-  const float4 high = words[64 * d + 1];
+  const float4 low = words[2 * ahead];
+  const float4 high = words[2 * ahead + 1];
   Eight out;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -74,8 +75,8 @@ inline void put_pair(uint word, bfloat16_t, thread float* out) {
 }
 
 template <class T>
-inline Eight load_eight(const device T* x, uint chunk, int d) {
-  const uint4 words = ((const device uint4*)x + chunk)[32 * d];
+inline Eight load_eight(const device T* x, uint chunk, int ahead) {
+  const uint4 words = ((const device uint4*)x + chunk)[ahead];
   Eight out;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -121,26 +122,26 @@ struct Raw {
 };
 
 // The words of eight quants; `row` is where the row begins.
-inline void load_words(Linear<4, 0>, const device uint32_t* row, uint chunk, int d, thread Raw& raw) {
-  raw.words[0] = (row + chunk)[32 * d];
+inline void load_words(Linear<4, 0>, const device uint32_t* row, uint chunk, int ahead, thread Raw& raw) {
+  raw.words[0] = (row + chunk)[ahead];
 }
 
 // 40 bits: a chunk begins in one word and ends in that word or the next.
-inline void load_words(Linear<5, 0>, const device uint32_t* row, uint chunk, int d, thread Raw& raw) {
+inline void load_words(Linear<5, 0>, const device uint32_t* row, uint chunk, int ahead, thread Raw& raw) {
   const device uint32_t* words = row + chunk * 5 / 4;
-  raw.words[0] = words[40 * d];
-  raw.words[1] = words[40 * d + 1];
+  raw.words[0] = words[ahead * 5 / 4];
+  raw.words[1] = words[ahead * 5 / 4 + 1];
 }
 
 // 48 bits, a word and a half.
-inline void load_words(Linear<6, 0>, const device uint32_t* row, uint chunk, int d, thread Raw& raw) {
+inline void load_words(Linear<6, 0>, const device uint32_t* row, uint chunk, int ahead, thread Raw& raw) {
   const device uint32_t* words = row + chunk * 3 / 2;
-  raw.words[0] = words[48 * d];
-  raw.words[1] = words[48 * d + 1];
+  raw.words[0] = words[ahead * 3 / 2];
+  raw.words[1] = words[ahead * 3 / 2 + 1];
 }
 
-inline void load_words(Linear<8, 0>, const device uint32_t* row, uint chunk, int d, thread Raw& raw) {
-  const uint2 pair = ((const device uint2*)row + chunk)[32 * d];
+inline void load_words(Linear<8, 0>, const device uint32_t* row, uint chunk, int ahead, thread Raw& raw) {
+  const uint2 pair = ((const device uint2*)row + chunk)[ahead];
   raw.words[0] = pair.x;
   raw.words[1] = pair.y;
 }
@@ -272,8 +273,8 @@ struct Dense {
 };
 
 template <class CODE, int COLS>
-inline void load_quants(const device uint32_t* quants, uint row, uint chunk, int d, thread Raw& raw) {
-  load_words(Linear<int(CODE::bits), 0>(), quants + row * uint(COLS / 32 * int(CODE::bits)), chunk, d, raw);
+inline void load_quants(const device uint32_t* quants, uint row, uint chunk, int ahead, thread Raw& raw) {
+  load_words(Linear<int(CODE::bits), 0>(), quants + row * uint(COLS / 32 * int(CODE::bits)), chunk, ahead, raw);
 }
 
 template <bool MINS>
@@ -289,10 +290,10 @@ inline Chunk<MINS> scaled(Eight q, float scale, float minimum) {
 }
 
 template <class CODE, int COLS>
-inline Raw load(Scaled<CODE, COLS> w, uint row, uint chunk, int d) {
+inline Raw load(Scaled<CODE, COLS> w, uint row, uint chunk, int ahead) {
   Raw raw;
-  load_quants<CODE, COLS>(w.quants, row, chunk, d, raw);
-  raw.scale = (w.scales + (row * uint(COLS / 32) + chunk / 4))[8 * d];
+  load_quants<CODE, COLS>(w.quants, row, chunk, ahead, raw);
+  raw.scale = (w.scales + (row * uint(COLS / 32) + chunk / 4))[ahead / 4];
   return raw;
 }
 
@@ -302,11 +303,11 @@ inline Chunk<false> decode(Scaled<CODE, COLS> w, Raw raw, uint chunk) {
 }
 
 template <class CODE, int COLS>
-inline Raw load(ScaledMin<CODE, COLS> w, uint row, uint chunk, int d) {
+inline Raw load(ScaledMin<CODE, COLS> w, uint row, uint chunk, int ahead) {
   Raw raw;
-  load_quants<CODE, COLS>(w.quants, row, chunk, d, raw);
-  raw.scale = (w.scales + (row * uint(COLS / 32) + chunk / 4))[8 * d];
-  raw.minimum = (w.mins + (row * uint(COLS / 32) + chunk / 4))[8 * d];
+  load_quants<CODE, COLS>(w.quants, row, chunk, ahead, raw);
+  raw.scale = (w.scales + (row * uint(COLS / 32) + chunk / 4))[ahead / 4];
+  raw.minimum = (w.mins + (row * uint(COLS / 32) + chunk / 4))[ahead / 4];
   return raw;
 }
 
@@ -316,16 +317,16 @@ inline Chunk<true> decode(ScaledMin<CODE, COLS> w, Raw raw, uint chunk) {
 }
 
 template <class CODE, int COLS>
-inline Raw load(SuperMin<CODE, COLS> w, uint row, uint chunk, int d) {
+inline Raw load(SuperMin<CODE, COLS> w, uint row, uint chunk, int ahead) {
   const uint block = row * uint(COLS / 256) + chunk / 32;
   Raw raw;
-  load_quants<CODE, COLS>(w.quants, row, chunk, d, raw);
-  raw.scale = (w.scales + block)[d];
-  raw.minimum = (w.mins + block)[d];
+  load_quants<CODE, COLS>(w.quants, row, chunk, ahead, raw);
+  raw.scale = (w.scales + block)[ahead / 32];
+  raw.minimum = (w.mins + block)[ahead / 32];
   const device uint32_t* sub = (const device uint32_t*)w.sub_scales + block * 3;
 #pragma unroll
   for (int i = 0; i < 3; ++i) {
-    raw.sub[i] = sub[3 * d + i];
+    raw.sub[i] = sub[ahead / 32 * 3 + i];
   }
   return raw;
 }
@@ -347,11 +348,11 @@ inline Chunk<true> decode(SuperMin<CODE, COLS> w, Raw raw, uint chunk) {
 }
 
 template <class CODE, int COLS>
-inline Raw load(Super<CODE, COLS> w, uint row, uint chunk, int d) {
+inline Raw load(Super<CODE, COLS> w, uint row, uint chunk, int ahead) {
   Raw raw;
-  load_quants<CODE, COLS>(w.quants, row, chunk, d, raw);
-  raw.scale = (w.scales + (row * uint(COLS / 256) + chunk / 32))[d];
-  raw.sub[0] = uint(int((w.sub_scales + (row * uint(COLS / 16) + chunk / 2))[16 * d]));
+  load_quants<CODE, COLS>(w.quants, row, chunk, ahead, raw);
+  raw.scale = (w.scales + (row * uint(COLS / 256) + chunk / 32))[ahead / 32];
+  raw.sub[0] = uint(int((w.sub_scales + (row * uint(COLS / 16) + chunk / 2))[ahead / 2]));
   return raw;
 }
 
@@ -361,10 +362,10 @@ inline Chunk<false> decode(Super<CODE, COLS> w, Raw raw, uint chunk) {
 }
 
 template <int COLS>
-inline Raw load(Dense<float, COLS> w, uint row, uint chunk, int d) {
+inline Raw load(Dense<float, COLS> w, uint row, uint chunk, int ahead) {
   const device uint4* words = (const device uint4*)(w.values + (row * uint(COLS) + chunk * 8));
-  const uint4 low = words[64 * d];
-  const uint4 high = words[64 * d + 1];
+  const uint4 low = words[2 * ahead];
+  const uint4 high = words[2 * ahead + 1];
   Raw raw;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -375,8 +376,8 @@ inline Raw load(Dense<float, COLS> w, uint row, uint chunk, int d) {
 }
 
 template <class T, int COLS>
-inline Raw load(Dense<T, COLS> w, uint row, uint chunk, int d) {
-  const uint4 words = ((const device uint4*)(w.values + (row * uint(COLS) + chunk * 8)))[32 * d];
+inline Raw load(Dense<T, COLS> w, uint row, uint chunk, int ahead) {
+  const uint4 words = ((const device uint4*)(w.values + (row * uint(COLS) + chunk * 8)))[ahead];
   Raw raw;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -407,10 +408,23 @@ inline Chunk<false> decode(Dense<T, COLS> w, Raw raw, uint chunk) {
 
 // ---- rows -------------------------------------------------------------------------------------------------------
 
-// Whether there is such a chunk in rows of CHUNKS, of which a lane takes DEPTH in one go.
-template <int CHUNKS, int DEPTH>
+// Whether there is such a chunk in rows of CHUNKS, of which the lanes of a row take so many in one go.
+template <int CHUNKS, int AT_ONCE>
 inline bool has_chunk(uint chunk) {
-  return CHUNKS % (32 * DEPTH) == 0 || chunk < uint(CHUNKS);
+  return CHUNKS % AT_ONCE == 0 || chunk < uint(CHUNKS);
+}
+
+// The sum over groups of LANES neighbouring lanes, in each of them.
+template <int LANES>
+inline float lanes_sum(float value) {
+  if (LANES == 32) {
+    return simd_sum(value);
+  }
+#pragma unroll
+  for (int step = LANES / 2; step > 0; step /= 2) {
+    value += simd_shuffle_xor(value, ushort(step));
+  }
+  return value;
 }
 
 #ifndef LOADS_END  // cuda_prelude.h: there a compiler would move loads down again, to where they are used
