@@ -38,6 +38,7 @@ _NUMPY = {
 }
 _Array = npt.NDArray[Any]
 _Outputs: TypeAlias = list[mx.array]
+_real_metal_kernel: Callable[..., Any] = mx.fast.metal_kernel
 _run_here: Callable[[str, Callable[..., Any], Sequence[Any], dict[str, Any]], _Outputs] | None = None  # in a block
 _INPUT, _OUTPUT = 0, 1
 
@@ -84,6 +85,18 @@ class _Launch(ctypes.Structure):
     )
 
 
+def _metal_kernel(name: str, *arguments: Any, **options: Any) -> Callable[..., _Outputs]:
+    """`mx.fast.metal_kernel` in a block; one function for all blocks, so that a launcher may cache by it."""
+    kernel = _real_metal_kernel(name, *arguments, **options)
+
+    def call(*, inputs: Sequence[Any], **options: Any) -> _Outputs:
+        if _run_here is None:
+            return list(kernel(inputs=inputs, **options))
+        return _run_here(name, kernel, inputs, options)
+
+    return call
+
+
 @contextmanager
 def executing(mode: str = "trace", seed: int = 1) -> Iterator[list[LaunchReport]]:
     """Within the block `mx.fast.metal_kernel` checks and executes its kernels here; yields a report of each launch.
@@ -99,26 +112,15 @@ def executing(mode: str = "trace", seed: int = 1) -> Iterator[list[LaunchReport]
     if mode not in ("trace", "fast"):
         raise ValueError(f"mode {mode!r}: trace or fast")
     reports: list[LaunchReport] = []
-    real: Callable[..., Any] = mx.fast.metal_kernel
 
     def run_here(name: str, kernel: Callable[..., Any], inputs: Sequence[Any], options: dict[str, Any]) -> _Outputs:
         outputs, report = _execute(name, kernel, inputs, options, mode, seed)
         reports.append(report)
         return outputs
 
-    def metal_kernel(name: str, *arguments: Any, **options: Any) -> Callable[..., _Outputs]:
-        kernel = real(name, *arguments, **options)
-
-        def call(*, inputs: Sequence[Any], **options: Any) -> _Outputs:
-            if _run_here is None:
-                return list(kernel(inputs=inputs, **options))
-            return _run_here(name, kernel, inputs, options)
-
-        return call
-
     before, _run_here = _run_here, run_here
     try:
-        with posing_as("metal"), mock.patch.object(mx.fast, "metal_kernel", metal_kernel):
+        with posing_as("metal"), mock.patch.object(mx.fast, "metal_kernel", _metal_kernel):
             yield reports
     finally:
         _run_here = before

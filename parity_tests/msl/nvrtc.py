@@ -75,6 +75,43 @@ class CudaReport:
 _reports: list[CudaReport] | None = None  # of the block we are in
 
 
+def _cuda_kernel(
+    name: str,
+    input_names: Sequence[str],
+    output_names: Sequence[str],
+    source: str,
+    header: str = "",
+    ensure_row_contiguous: bool = True,
+    shared_memory: int = 0,
+) -> Callable[..., list[mx.array]]:
+    """`mx.fast.cuda_kernel` in a block; one function for all blocks, so that a launcher may cache by it."""
+
+    def call(
+        *,
+        inputs: Sequence[Any],
+        output_shapes: Sequence[Sequence[int]],
+        output_dtypes: Sequence[mx.Dtype],
+        grid: tuple[int, int, int],
+        threadgroup: tuple[int, int, int],
+        template: _Template | None = None,
+        init_value: float | None = None,
+        verbose: bool = False,
+        stream: Any = None,
+    ) -> list[mx.array]:
+        if _reports is None:
+            raise KernelError(f"{name}: was built for NVRTC alone; build it again outside of compiling_cuda()")
+        arrays = with_dimensions(name, inputs)
+        if (len(arrays), len(output_shapes), len(output_dtypes)) != (len(input_names), *[len(output_names)] * 2):
+            raise KernelError(f"{name}: the launch has not as many inputs or outputs as the kernel has names")
+        named_inputs = list(zip(input_names, arrays, strict=True))
+        named_outputs = list(zip(output_names, output_dtypes, strict=True))
+        text = cuda_text(name, named_inputs, named_outputs, source, header, template or ())
+        _reports.append(_compile_launch(name, text, grid, threadgroup))
+        return [mx.zeros(s, d) for s, d in zip(output_shapes, output_dtypes, strict=True)]
+
+    return call
+
+
 @contextmanager
 def compiling_cuda() -> Iterator[list[CudaReport]]:
     """Within the block `mx.fast.cuda_kernel` makes kernels that are compiled and not run: their outputs are zeros.
@@ -84,46 +121,10 @@ def compiling_cuda() -> Iterator[list[CudaReport]]:
     in any such block is compiled here, and is of no use outside one.
     """
     global _reports
-    reports: list[CudaReport] = []
-
-    def cuda_kernel(
-        name: str,
-        input_names: Sequence[str],
-        output_names: Sequence[str],
-        source: str,
-        header: str = "",
-        ensure_row_contiguous: bool = True,
-        shared_memory: int = 0,
-    ) -> Callable[..., list[mx.array]]:
-        def call(
-            *,
-            inputs: Sequence[Any],
-            output_shapes: Sequence[Sequence[int]],
-            output_dtypes: Sequence[mx.Dtype],
-            grid: tuple[int, int, int],
-            threadgroup: tuple[int, int, int],
-            template: _Template | None = None,
-            init_value: float | None = None,
-            verbose: bool = False,
-            stream: Any = None,
-        ) -> list[mx.array]:
-            if _reports is None:
-                raise KernelError(f"{name}: was built for NVRTC alone; build it again outside of compiling_cuda()")
-            arrays = with_dimensions(name, inputs)
-            if (len(arrays), len(output_shapes), len(output_dtypes)) != (len(input_names), *[len(output_names)] * 2):
-                raise KernelError(f"{name}: the launch has not as many inputs or outputs as the kernel has names")
-            named_inputs = list(zip(input_names, arrays, strict=True))
-            named_outputs = list(zip(output_names, output_dtypes, strict=True))
-            text = cuda_text(name, named_inputs, named_outputs, source, header, template or ())
-            _reports.append(_compile_launch(name, text, grid, threadgroup))
-            return [mx.zeros(s, d) for s, d in zip(output_shapes, output_dtypes, strict=True)]
-
-        return call
-
-    before, _reports = _reports, reports
+    before, _reports = _reports, []
     try:
-        with posing_as("cuda"), mock.patch.object(mx.fast, "cuda_kernel", cuda_kernel):
-            yield reports
+        with posing_as("cuda"), mock.patch.object(mx.fast, "cuda_kernel", _cuda_kernel):
+            yield _reports
     finally:
         _reports = before
 
