@@ -1,0 +1,413 @@
+"""One call of a kernel through its public function: inputs among poison, the exact result, and MLX's own.
+
+    verify(GateUp("Q4_0", shared="Q5_K", tokens=2, dtype=mx.bfloat16))
+
+Poison is NaN, in all that a kernel has no business with: the rows before and after each of its inputs, and the experts
+that nobody chose. Exact results are float64, from the values that `dequantize_ops` gives (bit for bit gguf's:
+test_quants) and the inputs as rounded to `dtype`.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from typing import Any, ClassVar, Literal
+from unittest import mock
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+from glm_mlx.make_tiny import random_blocks
+from glm_mlx.packing import pack
+from kernels import launcher
+from kernels.experts_down import experts_down, experts_down_ops
+from kernels.experts_gate_up import experts_gate_up, experts_gate_up_ops
+from kernels.planes import QUANT_TYPES, Weight, dequantize_ops
+from kernels.qmv import qmv_all, qmv_ops
+from kernels.route import Gating, route, route_ops
+from parity_tests.budgets import NEAR_TIE, check, check_twice
+from parity_tests.msl import executing
+
+KINDS = (*QUANT_TYPES, "F32", "F16", "BF16")
+DTYPES = (mx.float32, mx.bfloat16, mx.float16)
+Exact = npt.NDArray[np.float64]
+Ids = Literal["random", "repeated", "outside", "negative"]
+
+
+# --- where kernels run
+
+
+def on_gpu() -> bool:
+    return mx.default_device() == mx.Device(mx.gpu) or mx.metal.is_available()
+
+
+@contextmanager
+def counting() -> Iterator[list[launcher.Launch]]:
+    """The launches of a block."""
+    seen: list[launcher.Launch] = []
+    launch = launcher.Launch.__call__
+
+    def counted(self: launcher.Launch, *arrays: mx.array) -> list[mx.array]:
+        seen.append(self)
+        return launch(self, *arrays)
+
+    with mock.patch.object(launcher.Launch, "__call__", counted):
+        yield seen
+
+
+def run(call: Callable[[], Sequence[mx.array | None]], mode: str = "trace", launches: int = 1) -> list[mx.array]:
+    """What the call gives with kernels: on this machine's GPU, twice with the same bits, or else in the executor."""
+    with counting() as seen:
+        if not on_gpu():
+            with executing(mode):
+                outputs = _evaluated(call())
+        else:
+            before = mx.default_device()
+            mx.set_default_device(mx.gpu)
+            try:
+                outputs, again = _evaluated(call()), _evaluated(call())
+            finally:
+                mx.set_default_device(before)
+            assert [bits(a) for a in outputs] == [bits(a) for a in again], "two runs give different bits"
+            del seen[len(seen) // 2 :]
+    assert len(seen) == launches, f"{len(seen)} launches, not {launches}"
+    return outputs
+
+
+def _evaluated(outputs: Sequence[mx.array | None]) -> list[mx.array]:
+    arrays = [y for y in outputs if y is not None]
+    mx.eval(arrays)
+    return arrays
+
+
+def bits(a: mx.array) -> bytes:
+    return np.array(mx.contiguous(a).view(mx.uint8)).tobytes()
+
+
+def float64(a: mx.array) -> Exact:
+    return np.array(a.astype(mx.float32)).astype(np.float64)
+
+
+# --- inputs
+
+
+def block(kind: str) -> int:
+    """Values of a block, of which a row has a whole number."""
+    return GGML_QUANT_SIZES[GGMLQuantizationType[kind]][0]
+
+
+def about(unit: int) -> int:
+    """A multiple of `unit` rows: two or more, so many that no plane is too small for a kernel."""
+    return unit * max(2, -(-16 // unit))
+
+
+def among_poison(a: mx.array, rows: int, at: mx.array) -> mx.array:
+    """(rows, ...) with the rows of `a` at these places. The others, one before and one after them in memory are NaN, or
+    integers that mean nothing."""
+    poison = float("nan") if mx.issubdtype(a.dtype, mx.floating) else 85
+    whole = mx.full((rows + 2, *a.shape[1:]), poison, a.dtype)
+    whole[at + 1] = a
+    mx.eval(whole)
+    return whole[1:-1]
+
+
+def framed(a: mx.array) -> mx.array:
+    """The same values, with poison before and after them in memory."""
+    return among_poison(a, len(a), mx.arange(len(a)))
+
+
+def each_plane(w: Weight, change: Callable[[mx.array], mx.array]) -> Weight:
+    if isinstance(w, mx.array):
+        return change(w)
+    names = [field.name for field in fields(w) if isinstance(getattr(w, field.name), mx.array)]
+    return replace(w, **{name: change(getattr(w, name)) for name in names})
+
+
+def random_weight(kind: str, shape: tuple[int, ...], seed: int) -> Weight:
+    """A weight whose products with a normal vector are about normal."""
+    data = random_blocks(np.random.default_rng(seed), kind, shape, shape[-1] ** -0.5)
+    raw = data.view(np.uint8).reshape(*shape[:-1], -1)
+    return pack(raw, GGMLQuantizationType[kind], shape)
+
+
+def expert_weight(kind: str, experts: int, shape: tuple[int, int], seed: int, chosen: Exact) -> Weight:
+    """Random weights of the chosen experts among poison."""
+    w = random_weight(kind, (len(chosen), *shape), seed)
+    poisoned = each_plane(w, lambda plane: among_poison(plane, experts, mx.array(chosen)))
+    return poisoned if isinstance(poisoned, mx.array) else replace(poisoned, shape=(experts, *shape))
+
+
+def values(w: Weight) -> Exact:
+    return float64(dequantize_ops(w))
+
+
+def silu(g: Exact) -> Exact:
+    with np.errstate(over="ignore"):
+        return g / (1 + np.exp(-g))
+
+
+# --- cases
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call. The parameters are what its inputs are made of, and its name in a table of tests."""
+
+    op: ClassVar[str]
+
+    def kernel(self) -> Sequence[mx.array | None]:
+        raise NotImplementedError
+
+    def twin(self) -> Sequence[mx.array | None]:
+        """MLX's own operations on the same inputs."""
+        raise NotImplementedError
+
+    @cached_property
+    def exact(self) -> list[Exact]:
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        shown = []
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value != field.default or field.name in ("tokens", "dtype"):
+                text = "+".join(map(str, value)) if isinstance(value, tuple) else str(value)
+                shown.append(f"{field.name}={text.removeprefix('mlx.core.')}")
+        return f"{self.op} {' '.join(shown)}"
+
+
+def verify(case: Case, mode: str = "trace") -> None:
+    """Within its budget in float32; in 16 bits at most twice as far from the truth as MLX's own operations."""
+    got = run(case.kernel, mode)
+    assert len(got) == len(case.exact)
+    twin = _evaluated(case.twin()) if getattr(case, "dtype", mx.float32) != mx.float32 else got
+    for y, exact, own in zip(got, case.exact, twin, strict=True):
+        assert (y.dtype, y.shape) == (own.dtype, own.shape)
+        if y.dtype == mx.uint32:
+            np.testing.assert_array_equal(np.array(y), exact)
+        elif y.dtype == mx.float32:
+            check("kernel", float64(y), exact, str(case))
+        else:
+            check_twice(float64(y), exact, float64(own), str(case))
+
+
+@dataclass(frozen=True)
+class Qmv(Case):
+    """kinds and rows: of each matrix."""
+
+    kinds: tuple[str, ...]
+    rows: tuple[int, ...]
+    cols: int
+    tokens: int = 1
+    dtype: mx.Dtype = mx.float32
+    op: ClassVar[str] = "qmv"
+
+    @cached_property
+    def x(self) -> mx.array:
+        x = np.random.default_rng(self.cols + self.tokens).standard_normal((self.tokens, self.cols))
+        return framed(mx.array(x.astype(np.float32)).astype(self.dtype))
+
+    @cached_property
+    def weights(self) -> list[Weight]:
+        return [
+            each_plane(random_weight(kind, (rows, self.cols), i), framed)
+            for i, (kind, rows) in enumerate(zip(self.kinds, self.rows, strict=True))
+        ]
+
+    def kernel(self) -> Sequence[mx.array]:
+        return qmv_all(self.x, self.weights)
+
+    def twin(self) -> Sequence[mx.array]:
+        return [qmv_ops(self.x, w) for w in self.weights]
+
+    @cached_property
+    def exact(self) -> list[Exact]:
+        return [float64(self.x) @ values(w).T for w in self.weights]
+
+
+@dataclass(frozen=True)
+class Experts(Case):
+    """kind: of the routed experts. shared: type of the shared ones, or none. width: of an expert; shared_width: of the
+    shared ones together. ids: how experts are chosen; those outside [0, experts) stand for the last expert."""
+
+    kind: str
+    experts: int = 6
+    top_k: int = 3
+    width: int = 64
+    cols: int = 256
+    shared: str = ""
+    shared_width: int = 0
+    ids: Ids = "random"
+    tokens: int = 1
+    dtype: mx.Dtype = mx.float32
+
+    @cached_property
+    def chosen(self) -> npt.NDArray[np.int64]:
+        """(tokens, top_k), in [0, experts); one expert is left out where possible."""
+        rng = np.random.default_rng(self.tokens + self.top_k)
+        pool = [e for e in range(self.experts) if e != 1 or self.experts <= self.top_k]
+        if self.ids == "repeated":
+            return np.full((self.tokens, self.top_k), pool[-1])
+        ids = np.stack([rng.permutation(pool)[: self.top_k] for _ in range(self.tokens)])
+        if self.ids in ("outside", "negative"):
+            ids[:, ::2] = self.experts - 1
+        return ids
+
+    @cached_property
+    def given(self) -> mx.array:
+        """The ids as the op gets them."""
+        if self.ids == "outside":
+            ids = self.chosen.astype(np.uint32)
+            ids[:, ::2] = np.resize(np.array([self.experts, 2**31, 2**32 - 1], np.uint32), ids[:, ::2].shape)
+            return mx.array(ids)
+        if self.ids == "negative":
+            ids = self.chosen.astype(np.int32)
+            ids[:, ::2] = np.resize(np.array([-1, -(2**31), -self.experts], np.int32), ids[:, ::2].shape)
+            return mx.array(ids)
+        return mx.array(self.chosen.astype(np.uint32))
+
+    def random(self, shape: tuple[int, ...], seed: int) -> mx.array:
+        x = np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+        return framed(mx.array(x).astype(self.dtype))
+
+    def routed(self, kind: str, rows: int, cols: int, seed: int) -> Weight:
+        return expert_weight(kind, self.experts, (rows, cols), seed, np.unique(self.chosen))
+
+    def of_chosen(self, w: Weight) -> Exact:
+        """(tokens, top_k, rows, cols)"""
+        used, index = np.unique(self.chosen, return_inverse=True)
+        return values(w[mx.array(used)])[index.reshape(self.chosen.shape)]
+
+
+@dataclass(frozen=True)
+class GateUp(Experts):
+    """up_kind: of up, where it is not `kind`."""
+
+    up_kind: str = ""
+    op: ClassVar[str] = "experts_gate_up"
+
+    @cached_property
+    def inputs(self) -> tuple[Any, ...]:
+        shared = [
+            each_plane(random_weight(self.shared, (self.shared_width, self.cols), seed), framed)
+            if self.shared
+            else None
+            for seed in (2, 3)
+        ]
+        gate = self.routed(self.kind, self.width, self.cols, 0)
+        up = self.routed(self.up_kind or self.kind, self.width, self.cols, 1)
+        return self.random((self.tokens, self.cols), 4), gate, up, *shared
+
+    def call(self, op: Callable[..., Any], ids: mx.array) -> Sequence[mx.array | None]:
+        x, gate, up, *shared = self.inputs
+        return op(x, gate, up, ids, *shared)  # type: ignore[no-any-return]
+
+    def kernel(self) -> Sequence[mx.array | None]:
+        return self.call(experts_gate_up, self.given)
+
+    def twin(self) -> Sequence[mx.array | None]:
+        return self.call(experts_gate_up_ops, mx.array(self.chosen))
+
+    @cached_property
+    def exact(self) -> list[Exact]:
+        x, gate, up, shared_gate, shared_up = self.inputs
+        x = float64(x)
+        g, u = (np.einsum("tkrc,tc->tkr", self.of_chosen(w), x) for w in (gate, up))
+        results = [silu(g) * u]
+        if self.shared:
+            results.append(silu(x @ values(shared_gate).T) * (x @ values(shared_up).T))
+        return results
+
+
+@dataclass(frozen=True)
+class Down(Experts):
+    """cols: rows of down, which are the columns of the result. shared: type of the shared down."""
+
+    residual: bool = True
+    op: ClassVar[str] = "experts_down"
+
+    @cached_property
+    def inputs(self) -> tuple[Any, ...]:
+        """hidden, shared_hidden, down, shared_down, weights, residual"""
+        weights = mx.array(np.random.default_rng(5).uniform(0.1, 1.8, self.chosen.shape).astype(np.float32))
+        shared = None
+        if self.shared:
+            shared = each_plane(random_weight(self.shared, (self.cols, self.shared_width), 3), framed)
+        return (
+            self.random((self.tokens, self.top_k, self.width), 6),
+            self.random((self.tokens, self.shared_width), 7) if self.shared else None,
+            self.routed(self.kind, self.cols, self.width, 2),
+            shared,
+            framed(weights),
+            self.random((self.tokens, self.cols), 8) if self.residual else None,
+        )
+
+    def call(self, op: Callable[..., Any], ids: mx.array) -> Sequence[mx.array]:
+        *matrices, weights, residual = self.inputs
+        return [op(*matrices, ids, weights, residual)]
+
+    def kernel(self) -> Sequence[mx.array]:
+        return self.call(experts_down, self.given)
+
+    def twin(self) -> Sequence[mx.array]:
+        return self.call(experts_down_ops, mx.array(self.chosen))
+
+    @cached_property
+    def exact(self) -> list[Exact]:
+        hidden, shared_hidden, down, shared_down, weights, residual = self.inputs
+        y = np.einsum("tkrc,tkc,tk->tr", self.of_chosen(down), float64(hidden), float64(weights))
+        if self.shared:
+            y += float64(shared_hidden) @ values(shared_down).T
+        return [y if residual is None else y + float64(residual)]
+
+
+@dataclass(frozen=True)
+class Route(Case):
+    """logits: 'apart', no two choices near each other; 'ties', many equal."""
+
+    experts: int
+    top_k: int
+    gating: Gating = "sigmoid"
+    normalize: bool = True
+    bias: bool = True
+    logits: Literal["apart", "ties"] = "apart"
+    tokens: int = 1
+    scale: float = 1.8
+    op: ClassVar[str] = "route"
+
+    @cached_property
+    def inputs(self) -> tuple[mx.array, mx.array | None]:
+        """Logits, and a bias near 9, as reported of the real model."""
+        rng = np.random.default_rng(self.experts + self.top_k + self.tokens)
+        if self.logits == "ties":
+            logits = rng.integers(0, 3, (self.tokens, self.experts)).astype(np.float32)
+            bias = rng.integers(0, 2, self.experts).astype(np.float32)
+        else:
+            logits = np.stack([rng.permutation(self.experts) for _ in range(self.tokens)]) / self.experts * 6 - 3
+            bias = 9.03 + 0.3 * rng.standard_normal(self.experts)
+        bias_array = framed(mx.array(bias.astype(np.float32))) if self.bias else None
+        return framed(mx.array(logits.astype(np.float32))), bias_array
+
+    def kernel(self) -> Sequence[mx.array]:
+        return route(*self.inputs, self.top_k, self.gating, self.normalize, self.scale)
+
+    def twin(self) -> Sequence[mx.array]:
+        return route_ops(*self.inputs, self.top_k, self.gating, self.normalize, self.scale)
+
+    @cached_property
+    def exact(self) -> list[npt.NDArray[Any]]:
+        logits, bias = self.inputs
+        scores = 1 / (1 + np.exp(-float64(logits)))
+        if self.gating == "softmax":
+            scores = np.exp(float64(logits) - float64(logits).max(axis=-1, keepdims=True))
+            scores /= scores.sum(axis=-1, keepdims=True)
+        choices = scores if bias is None else scores + float64(bias)
+        experts = np.argsort(-choices, axis=-1, kind="stable")[:, : self.top_k]
+        gaps = -np.diff(-np.sort(-choices, axis=-1)[:, : self.top_k + 1])
+        assert self.logits == "ties" or gaps.min() > NEAR_TIE, "float32 may order these the other way"
+        weights = np.take_along_axis(scores, experts, axis=-1)
+        if self.normalize:
+            weights /= weights.sum(axis=-1, keepdims=True)
+        return [experts, weights * self.scale]

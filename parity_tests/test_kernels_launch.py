@@ -1,0 +1,147 @@
+"""When a kernel is launched, when its twin does the work, and what is refused before any launch."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from kernels import launcher
+from kernels.experts_down import experts_down
+from kernels.experts_gate_up import experts_gate_up
+from kernels.qmv import qmv, qmv_all
+from kernels.route import route
+from parity_tests.kernel_cases import Case, Down, GateUp, Qmv, Route, bits, counting, on_gpu, random_weight, run
+
+TOO_MANY = launcher.MAX_TOKENS + 1
+CASES: dict[str, Case] = {
+    "qmv": Qmv(("Q4_0",), (16,), 64, tokens=3),
+    "experts_gate_up": GateUp("Q4_0", width=16, cols=64, tokens=3),
+    "experts_down": Down("Q4_0", width=64, cols=16, tokens=3),
+    "route": Route(64, 4, tokens=3),
+}
+TO_TWIN: dict[str, Case] = {
+    **{f"{op}: {TOO_MANY} tokens": replace(case, tokens=TOO_MANY) for op, case in CASES.items()},  # type: ignore
+    "qmv: rows of 20": Qmv(("F32",), (16,), 20),
+    "qmv: fewer than eight scales": Qmv(("Q4_0", "Q4_0"), (7, 16), 32),
+    "experts_gate_up: rows of 20": GateUp("F16", width=16, cols=20),
+    "experts_gate_up: fewer than eight scales": GateUp("Q4_0", experts=2, top_k=2, width=3, cols=32),
+    "experts_down: rows of 20": Down("BF16", width=20, cols=16),
+    "experts_down: shared experts of another width": Down("Q4_0", width=64, shared="Q4_0", shared_width=96),
+    "route: fewer than eight experts": Route(7, 4),
+    "route: more than 256 experts": Route(257, 4),
+}
+
+
+@pytest.mark.parametrize("case", TO_TWIN.values(), ids=TO_TWIN)
+def test_what_no_kernel_takes_goes_to_the_twin(case: Case) -> None:
+    got = run(case.kernel, launches=0)
+    assert [bits(y) for y in got] == [bits(y) for y in case.twin() if y is not None]
+
+
+@pytest.mark.parametrize("op", CASES)
+def test_an_op_to_be_avoided_goes_to_the_twin_and_the_others_do_not(op: str) -> None:
+    for other, case in CASES.items():
+        with launcher.avoiding(op):
+            run(case.kernel, launches=int(other != op))
+        with launcher.avoiding():
+            run(case.kernel, launches=0)
+        run(case.kernel, launches=1)
+
+
+@pytest.mark.parametrize("op", CASES)
+def test_nothing_is_launched_on_a_cpu(op: str) -> None:
+    before = mx.default_device()
+    mx.set_default_device(mx.cpu)
+    try:
+        with counting() as launches:
+            mx.eval([y for y in CASES[op].kernel() if y is not None])
+    finally:
+        mx.set_default_device(before)
+    assert launches == []
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "threads": ({"simdgroups": 33}, "1056 threads in a threadgroup; 32 to 1024"),
+    "no threads": ({"simdgroups": 0}, "0 threads in a threadgroup"),
+    "threadgroup memory": ({"threadgroup_bytes": 32769}, "32769 bytes of threadgroup memory; 32768 at most"),
+    "buffers": ({"inputs": [f"x{i}" for i in range(31)]}, "32 buffers; 31 at most"),
+    "planes": ({"weights": {"W0": ("Q4_K", (64, 256))}}, "35 buffers; 31 at most"),
+    "no threadgroups": ({"threadgroups": (3, 0, 1)}, r"an empty grid of \(3, 0, 1\) threadgroups"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_no_device_could_run_is_refused_by_name(what: str) -> None:
+    """And the largest that one could is not."""
+    fine: dict[str, Any] = {
+        "inputs": [f"x{i}" for i in range(30)],
+        "weights": {},
+        "outputs": {"y": ((8,), mx.float32)},
+        "template": {},
+        "threadgroups": (1, 1, 1),
+        "simdgroups": 32,
+        "threadgroup_bytes": 32768,
+    }
+    launcher.prepare(mx.fast.metal_kernel, "qmv", **fine)
+    change, why = REFUSED[what]
+    with pytest.raises(launcher.KernelRefusedError, match=f"^qmv: {why}"):
+        launcher.prepare(mx.fast.metal_kernel, "qmv", **{**fine, **change})
+
+
+def test_too_many_matrices_are_refused_by_name() -> None:
+    w = random_weight("Q4_1", (16, 64), 0)
+    with pytest.raises(launcher.KernelRefusedError, match=r"^qmv: 33 buffers"):
+        run(lambda: qmv_all(mx.zeros((1, 64)), [w] * 8))
+
+
+X, W, EXPERTS = mx.zeros((2, 64)), random_weight("Q4_0", (16, 64), 0), random_weight("Q4_0", (4, 16, 64), 0)
+IDS, HIDDEN, WEIGHTS = mx.array([[0, 1], [2, 3]], mx.uint32), mx.zeros((2, 2, 64)), mx.ones((2, 2))
+
+
+def gate_up(**change: Any) -> Sequence[mx.array | None]:
+    given = {"x": X, "gate": EXPERTS, "up": EXPERTS, "experts": IDS, "shared_gate": None, "shared_up": None}
+    return experts_gate_up(**{**given, **change})
+
+
+def down(**change: Any) -> Sequence[mx.array | None]:
+    given = {"hidden": HIDDEN, "shared_hidden": None, "down": EXPERTS, "shared_down": None, "experts": IDS}
+    return [experts_down(**{**given, "weights": WEIGHTS, "residual": None, **change})]
+
+
+def routed(tokens: int = 1, bias: mx.array | None = None, top_k: int = 4) -> Sequence[mx.array]:
+    return route(mx.zeros((tokens, 16)), bias, top_k, "sigmoid", True, 1.0)
+
+
+MISFITS: dict[str, Callable[[], Sequence[mx.array | None]]] = {
+    "qmv: x of integers": lambda: [qmv(X.astype(mx.int32), W)],
+    "qmv: x too wide": lambda: [qmv(mx.zeros((2, 96)), W)],
+    "qmv: x too narrow": lambda: [qmv(mx.zeros((2, 32)), W)],
+    "qmv: matrices of two widths": lambda: qmv_all(X, [W, random_weight("Q4_0", (16, 32), 0)]),
+    "experts_gate_up: x of integers": lambda: gate_up(x=X.astype(mx.int32)),
+    "experts_gate_up: x too wide": lambda: gate_up(x=mx.zeros((2, 96))),
+    "experts_gate_up: x of fewer tokens than experts": lambda: gate_up(x=X[:1]),
+    "experts_gate_up: up with fewer rows than gate": lambda: gate_up(up=random_weight("Q4_0", (4, 15, 64), 0)),
+    "experts_gate_up: up with fewer experts than gate": lambda: gate_up(up=random_weight("Q4_0", (3, 16, 64), 0)),
+    "experts_gate_up: shared experts of another width": lambda: gate_up(
+        shared_gate=random_weight("Q4_0", (16, 32), 0), shared_up=random_weight("Q4_0", (16, 32), 0)
+    ),
+    "experts_down: hidden of integers": lambda: down(hidden=HIDDEN.astype(mx.int32)),
+    "experts_down: hidden too wide": lambda: down(hidden=mx.zeros((2, 2, 96))),
+    "experts_down: hidden of more experts": lambda: down(hidden=mx.zeros((2, 3, 64))),
+    "experts_down: fewer weights than experts": lambda: down(weights=WEIGHTS[:, :1]),
+    "experts_down: residual too narrow": lambda: down(residual=mx.zeros((2, 8))),
+    "experts_down: shared rows differ": lambda: down(shared_hidden=X, shared_down=random_weight("Q4_0", (17, 64), 0)),
+    "route: more experts than there are": lambda: routed(top_k=17),
+    "route: bias too short": lambda: routed(bias=mx.zeros((8,))),
+}
+
+
+@pytest.mark.xfail(strict=True, reason="ops do not look at shapes and dtypes yet")
+@pytest.mark.parametrize("what", MISFITS)
+def test_inputs_that_do_not_fit_are_refused_by_name(what: str) -> None:
+    if on_gpu():
+        pytest.skip("would read outside a buffer of a real GPU")
+    with pytest.raises(ValueError, match=rf"^{what.split(':')[0]}: "):
+        run(MISFITS[what])
