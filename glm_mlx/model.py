@@ -20,9 +20,9 @@ from glm_mlx.cache import LatentCache
 from glm_mlx.config import Config
 from kernels.experts_down import experts_down
 from kernels.experts_gate_up import experts_gate_up, swiglu_ops
-from kernels.mla_decode import mla_decode_ops
+from kernels.mla_decode import mla_decode
 from kernels.planes import Weight
-from kernels.qmv import embed_ops, head_qmv_ops, qmv, qmv_all
+from kernels.qmv import embed_ops, head_qmv, qmv, qmv_all
 from kernels.route import route
 
 Tap = Callable[[str, mx.array], None]  # sees named intermediate values; the parity tests' way in
@@ -111,12 +111,10 @@ class Attention:
 
         # q_nope . (k_b latent) = (k_b^T q_nope) . latent: the query moves into the latent space, so that one cached
         # row is key and value of every head.
-        q_latent = head_qmv_ops(q_nope, self.k_b)  # (B, H, L, R)
+        q_latent = head_qmv(q_nope, self.k_b)  # (B, H, L, R)
         rows = cache.update(self.layer, mx.concatenate([latent, k_pe], axis=-1))  # (B, S, R + P)
-        out = mla_decode_ops(
-            mx.concatenate([q_latent, q_pe], axis=-1), rows, cache.offset, cfg.softmax_scale, cfg.kv_lora_rank
-        )
-        out = head_qmv_ops(out, self.v_b)  # (B, H, L, V)
+        out = mla_decode(q_latent, q_pe, rows, cfg.softmax_scale)  # (B, H, L, R)
+        out = head_qmv(out, self.v_b)  # (B, H, L, V)
         return qmv(out.swapaxes(1, 2).reshape(batch, length, -1), self.o_proj)
 
     def _rope(self, x: mx.array, offset: int) -> mx.array:

@@ -71,7 +71,7 @@ def avoid(op: str) -> None:
     _avoided.add(op)
 
 
-OPS = ("qmv", "experts_gate_up", "experts_down", "route")
+OPS = ("qmv", "experts_gate_up", "experts_down", "route", "mla_decode")
 
 
 def kind(weight: Weight) -> Kind:

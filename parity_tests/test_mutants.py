@@ -127,8 +127,18 @@ def rope(traditional: bool = True, shift: int = 0, only_keys: bool = False) -> P
 
 
 def attend(change: Callable[..., tuple[Any, ...]]) -> Plant:
-    """Call the attention op with changed arguments (q, cache, offset, scale, latent_dim)."""
-    return instead(glm_mlx.model, "mla_decode_ops", lambda op: lambda *args: op(*change(*args)))
+    """Call the attention op with changed arguments (q_latent, q_pe, cache, scale)."""
+    return instead(glm_mlx.model, "mla_decode", lambda op: lambda *args: op(*change(*args)))
+
+
+def seeing_one_later_row(op: Callable[..., mx.array]) -> Callable[..., mx.array]:
+    """Attention as if the last query were not there, for which every other one sees a row more."""
+
+    def attend(q_latent: mx.array, q_pe: mx.array, cache: mx.array, scale: float) -> mx.array:
+        parts = [op(q_latent[:, :, at], q_pe[:, :, at], cache, scale) for at in (slice(0, -1), slice(-1, None))]
+        return mx.concatenate(parts, axis=2)
+
+    return attend
 
 
 def route(change: Callable[..., tuple[Any, ...]]) -> Plant:
@@ -186,13 +196,13 @@ MUTANTS = {
     "key positions off by one": Mutant(rope(shift=1, only_keys=True), "layers.0.k_pe"),
     "RoPE base wrong": Mutant(change_config(rope_theta=1e4), "layers.0.q"),
     "softmax scale of the absorbed width": Mutant(
-        attend(lambda q, cache, offset, scale, r: (q, cache, offset, q.shape[-1] ** -0.5, r)), "layers.0.attn_out"
+        attend(lambda q, pe, cache, scale: (q, pe, cache, (q.shape[-1] + pe.shape[-1]) ** -0.5)), "layers.0.attn_out"
     ),
     "every query sees the last row": Mutant(
-        attend(lambda q, cache, offset, scale, r: (q, cache, offset + 1, scale, r)), "layers.0.attn_out"
+        instead(glm_mlx.model, "mla_decode", seeing_one_later_row), "layers.0.attn_out"
     ),
     "chunks see only their own rows": Mutant(
-        attend(lambda q, cache, offset, scale, r: (q, cache[:, -q.shape[2] :], 0, scale, r)), "decode"
+        attend(lambda q, pe, cache, scale: (q, pe, cache[:, -q.shape[2] :], scale)), "decode"
     ),
     "cache rows shifted by one": Mutant(instead(LatentCache, "update", stale_cache), "decode"),
     "selection bias used as weight": Mutant(

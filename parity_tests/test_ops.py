@@ -25,7 +25,7 @@ def test_attention_agrees_with_float64_and_sees_no_later_row(length: int, offset
         scores = np.einsum("bhw,bsw->bhs", q[:, :, i], rows) * 0.25
         p = np.exp(scores - scores.max(axis=-1, keepdims=True))
         want[:, :, i] = np.einsum("bhs,bsr->bhr", p / p.sum(axis=-1, keepdims=True), rows[..., :LATENT])
-    got = mla_decode_ops(mx.array(q), mx.array(cache), offset, 0.25, LATENT)
+    got = mla_decode_ops(mx.array(q[..., :LATENT]), mx.array(q[..., LATENT:]), mx.array(cache), 0.25)
     check("attention op", np.array(got), want, f"{length} queries at {offset}")
 
 

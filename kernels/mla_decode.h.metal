@@ -1,0 +1,34 @@
+// ---- pairs of values, two to a lane ------------------------------------------------------------------------------
+inline float2 load_pair(const device float* values, uint pair) {
+  return ((const device float2*)values)[pair];
+}
+
+template <class T>
+inline float2 load_pair(const device T* values, uint pair) {
+  float out[2];
+  put_pair(((const device uint*)values)[pair], T(0.0f), out);
+  return float2(out[0], out[1]);
+}
+
+// The sums over all lanes of N values, N a power of 2; value lane / (32 / N) is left in the lane. The halving takes
+// N - 1 shuffles and what is left 5 - log2(N), where N sums apart would take 5 N.
+template <int N>
+inline float sums_by_lane(thread float* values, uint lane) {
+  int step = 16;
+#pragma unroll
+  for (int half_count = N / 2; half_count > 0; half_count /= 2) {
+    const bool upper = (lane & uint(step)) != 0;
+#pragma unroll
+    for (int i = 0; i < half_count; ++i) {
+      const float kept = upper ? values[i + half_count] : values[i];
+      const float sent = upper ? values[i] : values[i + half_count];
+      values[i] = kept + simd_shuffle_xor(sent, ushort(step));
+    }
+    step /= 2;
+  }
+#pragma unroll
+  for (; step > 0; step /= 2) {
+    values[0] += simd_shuffle_xor(values[0], ushort(step));
+  }
+  return values[0];
+}

@@ -1,0 +1,160 @@
+// Grid: splits of the context, groups of HEADS_AT_ONCE heads, queries. A threadgroup goes through the rows of its split
+// for its heads and one query; each of its simdgroups takes every SIMDGROUPS-th row. A lane holds dimensions 2 lane,
+// 2 lane + 1 of every 64: of the queries, of the row (loaded once, as key and as value), and of the sums.
+//
+// Softmax is taken on the way: `largest` is the largest score so far, in units of log2(e), and what was summed before is
+// scaled down when it grows.
+threadgroup float shared_sums[(SIMDGROUPS + 1) / 2 * HEADS_AT_ONCE * LATENT];
+threadgroup float shared_state[(SIMDGROUPS + 1) / 2 * HEADS_AT_ONCE * 2];
+constexpr int PAIRS = (LATENT + ROPE + 63) / 64;
+constexpr int VALUES = (LATENT + 63) / 64;
+constexpr int SHARE = 32 / HEADS_AT_ONCE;  // lanes that hold the state of one head
+const uint lane = thread_index_in_simdgroup;
+const uint simdgroup = simdgroup_index_in_threadgroup;
+const uint split = threadgroup_position_in_grid.x;
+const uint first_head = threadgroup_position_in_grid.y * uint(HEADS_AT_ONCE);
+const uint query = threadgroup_position_in_grid.z;
+const uint splits = threadgroups_per_grid.x;
+const uint visible = uint(context[0]) - uint(QUERIES - 1) + query;  // rows that this query sees
+const uint rows_of_split = (visible + splits - 1) / splits;
+const uint end = min(visible, (split + 1) * rows_of_split);
+
+float2 q[HEADS_AT_ONCE][PAIRS];
+float2 sums[HEADS_AT_ONCE][VALUES];
+#pragma unroll
+for (int h = 0; h < HEADS_AT_ONCE; ++h) {
+  const uint at = min(first_head + uint(h), uint(HEADS - 1)) * uint(QUERIES) + query;
+#pragma unroll
+  for (int p = 0; p < PAIRS; ++p) {
+    const uint pair = uint(p) * 32 + lane;
+    float2 value = float2(0.0f, 0.0f);
+    if (pair < uint(LATENT / 2)) {
+      value = load_pair(q_latent + at * uint(LATENT), pair);
+    } else if (pair < uint((LATENT + ROPE) / 2)) {
+      value = load_pair(q_pe + at * uint(ROPE), pair - uint(LATENT / 2));
+    }
+    q[h][p] = value * float(SCALE);
+  }
+#pragma unroll
+  for (int p = 0; p < VALUES; ++p) {
+    sums[h][p] = float2(0.0f, 0.0f);
+  }
+}
+float largest = -INFINITY;
+float total = 0.0f;
+
+for (uint row = split * rows_of_split + simdgroup; row < end; row += uint(SIMDGROUPS)) {
+  const auto values = cache + size_t(row) * size_t(LATENT + ROPE);
+  float2 x[PAIRS];
+#pragma unroll
+  for (int p = 0; p < PAIRS; ++p) {
+    const uint pair = uint(p) * 32 + lane;
+    x[p] = (LATENT + ROPE) % 64 == 0 || pair < uint((LATENT + ROPE) / 2) ? load_pair(values, pair) : float2(0.0f, 0.0f);
+  }
+  float scores[HEADS_AT_ONCE];
+#pragma unroll
+  for (int h = 0; h < HEADS_AT_ONCE; ++h) {
+    float score = 0.0f;
+#pragma unroll
+    for (int p = 0; p < PAIRS; ++p) {
+      score = fma(q[h][p].x, x[p].x, score);
+      score = fma(q[h][p].y, x[p].y, score);
+    }
+    scores[h] = score;
+  }
+  const float score = sums_by_lane<HEADS_AT_ONCE>(scores, lane);
+  const float larger = max(largest, score);
+  const float weight = exp2(score - larger);
+  const float shrink = exp2(largest - larger);
+  if (simd_any(score > largest)) {
+#pragma unroll
+    for (int h = 0; h < HEADS_AT_ONCE; ++h) {
+      const float factor = simd_shuffle(shrink, ushort(h * SHARE));
+#pragma unroll
+      for (int p = 0; p < VALUES; ++p) {
+        sums[h][p] = sums[h][p] * factor;
+      }
+    }
+  }
+  total = fma(total, shrink, weight);
+  largest = larger;
+#pragma unroll
+  for (int h = 0; h < HEADS_AT_ONCE; ++h) {
+    const float share = simd_shuffle(weight, ushort(h * SHARE));
+#pragma unroll
+    for (int p = 0; p < VALUES; ++p) {
+      sums[h][p].x = fma(share, x[p].x, sums[h][p].x);
+      sums[h][p].y = fma(share, x[p].y, sums[h][p].y);
+    }
+  }
+}
+
+// The upper half of the simdgroups hands its sums to the lower half, until one holds all.
+#pragma unroll
+for (int count = SIMDGROUPS; count > 1; count = (count + 1) / 2) {
+  const uint half_count = uint((count + 1) / 2);
+  if (simdgroup >= half_count && simdgroup < uint(count)) {
+    const uint at = (simdgroup - half_count) * uint(HEADS_AT_ONCE);
+#pragma unroll
+    for (int h = 0; h < HEADS_AT_ONCE; ++h) {
+#pragma unroll
+      for (int p = 0; p < VALUES; ++p) {
+        const uint dimension = (uint(p) * 32 + lane) * 2;
+        if (LATENT % 64 == 0 || dimension < uint(LATENT)) {
+          shared_sums[(at + uint(h)) * uint(LATENT) + dimension] = sums[h][p].x;
+          shared_sums[(at + uint(h)) * uint(LATENT) + dimension + 1] = sums[h][p].y;
+        }
+      }
+    }
+    if (lane % uint(SHARE) == 0) {
+      shared_state[(at + lane / uint(SHARE)) * 2] = largest;
+      shared_state[(at + lane / uint(SHARE)) * 2 + 1] = total;
+    }
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  if (simdgroup + half_count < uint(count)) {
+    const uint at = simdgroup * uint(HEADS_AT_ONCE);
+    const float other_largest = shared_state[(at + lane / uint(SHARE)) * 2];
+    const float other_total = shared_state[(at + lane / uint(SHARE)) * 2 + 1];
+    const float larger = max(largest, other_largest);
+    const float mine = largest == larger ? 1.0f : exp2(largest - larger);
+    const float others = other_largest == larger ? 1.0f : exp2(other_largest - larger);
+    total = total * mine + other_total * others;
+    largest = larger;
+#pragma unroll
+    for (int h = 0; h < HEADS_AT_ONCE; ++h) {
+      const float my_factor = simd_shuffle(mine, ushort(h * SHARE));
+      const float other_factor = simd_shuffle(others, ushort(h * SHARE));
+#pragma unroll
+      for (int p = 0; p < VALUES; ++p) {
+        const uint dimension = (uint(p) * 32 + lane) * 2;
+        if (LATENT % 64 == 0 || dimension < uint(LATENT)) {
+          const uint from = (at + uint(h)) * uint(LATENT) + dimension;
+          sums[h][p].x = sums[h][p].x * my_factor + shared_sums[from] * other_factor;
+          sums[h][p].y = sums[h][p].y * my_factor + shared_sums[from + 1] * other_factor;
+        }
+      }
+    }
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+}
+if (simdgroup == 0) {
+#pragma unroll
+  for (int h = 0; h < HEADS_AT_ONCE; ++h) {
+    if (first_head + uint(h) < uint(HEADS)) {
+      const uint at = ((first_head + uint(h)) * uint(QUERIES) + query) * splits + split;
+#pragma unroll
+      for (int p = 0; p < VALUES; ++p) {
+        const uint dimension = (uint(p) * 32 + lane) * 2;
+        if (LATENT % 64 == 0 || dimension < uint(LATENT)) {
+          partial[at * uint(LATENT) + dimension] = sums[h][p].x;
+          partial[at * uint(LATENT) + dimension + 1] = sums[h][p].y;
+        }
+      }
+      if (lane == uint(h * SHARE)) {
+        state[at * 2] = largest;
+        state[at * 2 + 1] = total;
+      }
+    }
+  }
+}
