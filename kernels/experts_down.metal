@@ -1,7 +1,6 @@
-// A threadgroup computes ROWS rows of one token. The sum over columns is cut into slots: PARTS of equal length for each
-// chosen expert, and after those as many for each expert's width of the shared ones. Simdgroup i takes slots i,
-// i + SIMDGROUPS, ... The simdgroups' sums meet in threadgroup memory and are added in order, so the bits are the same in
-// every run.
+// A threadgroup computes ROWS rows of one token. A slot is a chosen expert, or after those an expert's width of the
+// shared ones; simdgroup i takes slots i, i + SIMDGROUPS, ... The simdgroups' sums meet in threadgroup memory and are
+// added in order, so the bits are the same in every run.
 threadgroup float partial[SIMDGROUPS * ROWS];
 const uint lane = thread_index_in_simdgroup;
 const uint simdgroup = simdgroup_index_in_threadgroup;
@@ -21,20 +20,18 @@ for (int r = 0; r < ROWS; ++r) {
   sums[r] = 0.0f;
 }
 for (uint slot = simdgroup; slot < uint(SLOTS); slot += uint(SIMDGROUPS)) {
-  constexpr int CHUNKS = WIDTH / 8 / PARTS;
-  if (slot < uint(TOP_K * PARTS)) {
-    const uint choice = token * uint(TOP_K) + slot / uint(PARTS);
-    const uint from = slot % uint(PARTS) * uint(CHUNKS);
+  if (slot < uint(TOP_K)) {
+    const uint choice = token * uint(TOP_K) + slot;
     const uint base = min(uint(experts[choice]), uint(EXPERTS - 1)) * uint(ROWS_IN_ALL);
     const uint last = base + uint(ROWS_IN_ALL - 1);
     const auto x = hidden + choice * uint(WIDTH);
-    add_rows<ROWS, DEPTH, CHUNKS>(DOWN, x, base + first, last, from, weights[choice], lane, sums);
+    add_rows<ROWS, DEPTH, WIDTH / 8>(DOWN, x, base + first, last, 0, weights[choice], lane, sums);
   }
 #ifdef SHARED_DOWN
-  if (slot >= uint(TOP_K * PARTS)) {
-    const uint from = (slot - uint(TOP_K * PARTS)) * uint(CHUNKS);
+  if (slot >= uint(TOP_K)) {
+    const uint from = (slot - uint(TOP_K)) * uint(WIDTH / 8);
     const auto x = shared_hidden + token * uint(SHARED_WIDTH);
-    add_rows<ROWS, DEPTH, CHUNKS>(SHARED_DOWN, x, first, uint(ROWS_IN_ALL - 1), from, 1.0f, lane, sums);
+    add_rows<ROWS, DEPTH, WIDTH / 8>(SHARED_DOWN, x, first, uint(ROWS_IN_ALL - 1), from, 1.0f, lane, sums);
   }
 #endif
 }

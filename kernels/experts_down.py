@@ -25,7 +25,6 @@ from kernels.qmv import gather_qmv_ops, qmv_ops
 
 DEPTH = 8  # chunks that a lane loads in one go, at most
 ROWS = 4  # rows of a threadgroup
-PARTS = 1  # that the columns of an expert are cut into
 MAX_SIMDGROUPS = 8  # of a threadgroup
 
 
@@ -83,8 +82,7 @@ def _launch(
 ) -> launcher.Launch:
     num_experts, rows, width = kinds[0][1]
     shared_width = kinds[1][1][1] if len(kinds) > 1 else 0
-    parts = PARTS if width % (8 * PARTS) == 0 else 1
-    slots = (top_k + shared_width // width) * parts
+    slots = top_k + shared_width // width
     simdgroups = min(slots, MAX_SIMDGROUPS)
     return launcher.prepare(
         back_end,
@@ -95,12 +93,11 @@ def _launch(
         template={
             "T": dtype,
             "WIDTH": width,
-            "DEPTH": launcher.depth(width // parts, launcher.LANES, DEPTH),
+            "DEPTH": launcher.depth(width, launcher.LANES, DEPTH),
             "SHARED_WIDTH": shared_width,
             "ROWS_IN_ALL": rows,
             "EXPERTS": num_experts,
             "TOP_K": top_k,
-            "PARTS": parts,
             "SLOTS": slots,
             "ROWS": ROWS,
             "SIMDGROUPS": simdgroups,

@@ -21,7 +21,7 @@ from kernels import launcher
 from kernels.planes import Weight
 from kernels.qmv import gather_qmv_ops, qmv_ops
 
-DEPTH = 8  # chunks that a lane loads in one go, at most
+DEPTH = 4  # chunks that a lane loads in one go, at most
 ROWS, SIMDGROUPS = 1, 4  # rows of a simdgroup, simdgroups of a threadgroup
 
 
