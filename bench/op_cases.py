@@ -1,0 +1,434 @@
+"""The ops of the decode path at GLM-4.7-Flash's shapes, each by its kernel, by its twin and by MLX's own operations.
+
+A case holds so many sets of weights, chosen experts or caches that no cache of the machine keeps them from one launch
+to the next with the same set. Adding an op, or the kernel of one, is an entry here.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeAlias, TypeVar
+
+import mlx.core as mx
+import numpy as np
+
+from bench.synthetic import config, random_weight
+from kernels import launcher
+from kernels.experts_down import experts_down
+from kernels.experts_gate_up import experts_gate_up, swiglu_ops
+from kernels.mla_decode import mla_decode
+from kernels.planes import GROUP, QUANT_TYPES, SUPER, QuantizedTensor, Weight, group_scales
+from kernels.qmv import Norm, head_qmv, qmv, qmv_all
+from kernels.route import route
+
+CFG = config()
+TOP_K, SHARED = CFG.num_experts_per_tok, CFG.num_shared_experts
+CHOICES = 64  # sets of chosen experts
+MOST_SETS = 4096
+
+# (activations, number of the set) -> results. The next launch of a chain takes its activations from the first of them.
+Run: TypeAlias = Callable[[mx.array, int], Sequence[mx.array]]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What differs between a GPU and a CPU, on which the real sizes would take minutes."""
+
+    num_experts: int
+    layers: int  # whose experts rotate
+    vocab_size: int
+    rotating_bytes: int  # of weights or caches, at least
+    contexts: tuple[int, ...]
+
+
+# Four times 96 MB, the largest cache before the memory of a GPU with a back end here (M2 and M3 Ultra; H200: 60 MB).
+GPU = Sizes(CFG.num_experts, 4, CFG.vocab_size, 4 * 96 << 20, (128, 4096, 32_768))
+CPU = Sizes(16, 2, 16_384, 64 << 20, (128, 1024))
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """nbytes: of weights and caches that one launch reads, each byte counted once; the mean over the sets."""
+
+    run: Run
+    nbytes: float
+
+
+@dataclass(frozen=True)
+class Case:
+    """An op at one shape. `other_nbytes`: what it reads beside x and the weights, such as ids and residuals."""
+
+    op: str
+    what: str
+    quant: str
+    x: mx.array
+    sets: int
+    flops: float
+    contestants: dict[str, Contestant]  # the first is the twin
+    other_nbytes: int = 0
+
+
+class Bytes(Protocol):
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+W = TypeVar("W", bound=Bytes)
+
+
+@dataclass(frozen=True)
+class Affine:
+    """A weight as MLX's own quantised operations take it: scales and biases stored in the dtype of x."""
+
+    quants: mx.array
+    scales: mx.array
+    biases: mx.array
+    bits: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.quants.nbytes + self.scales.nbytes + self.biases.nbytes
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.quants.shape)
+
+    def matmul(self, x: mx.array) -> mx.array:
+        return mx.quantized_matmul(x, self.quants, self.scales, self.biases, True, GROUP, self.bits)
+
+    def gather(self, x: mx.array, experts: mx.array) -> mx.array:
+        """x (T, K or 1, cols), experts (T, K) -> (T, K, rows)"""
+        y = mx.gather_qmm(x[:, :, None], self.quants, self.scales, self.biases, None, experts, True, GROUP, self.bits)
+        return y[:, :, 0]
+
+
+def affine(w: Weight, dtype: mx.Dtype) -> Affine | None:
+    """None for types that MLX's groups of 32 can't hold. The product of a K-quant's two scales is rounded."""
+    if isinstance(w, mx.array) or w.type.name in ("Q6_K", "IQ4_NL"):
+        return None
+    scales, mins = group_scales(w)
+    biases = -w.type.zero * scales if mins is None else mins
+    made = Affine(w.quants, scales.astype(dtype), biases.astype(dtype), w.type.bits)
+    mx.eval(made.scales, made.biases)
+    return made
+
+
+def total(weights: Iterable[Bytes]) -> int:
+    return sum(w.nbytes for w in weights)
+
+
+def chosen_nbytes(bank: Bytes, experts: mx.array) -> int:
+    """Of the chosen experts' part of a bank (E, ...), each expert counted once."""
+    return bank.nbytes // bank.shape[0] * int(np.unique(np.asarray(experts)).size)
+
+
+def fits(quant: str, cols: int) -> bool:
+    """Whether rows of so many columns can have the type."""
+    return quant not in QUANT_TYPES or cols % (SUPER if QUANT_TYPES[quant].is_super else GROUP) == 0
+
+
+def _contestants(op: str, call: Run, nbytes: float, mlx: Contestant | None) -> dict[str, Contestant]:
+    """`call` goes to the product's function, whose kernel is avoided for the twin, and left out where there is none."""
+
+    def twin(x: mx.array, i: int) -> Sequence[mx.array]:
+        with launcher.avoiding():
+            return call(x, i)
+
+    ways = {"twin": Contestant(twin, nbytes)}
+    if op in launcher.OPS and launcher.back_end(op) is not None:
+        ways["kernel"] = Contestant(call, nbytes)
+    if mlx is not None:
+        ways["mlx"] = mlx
+    return ways
+
+
+def _normal(shape: tuple[int, ...], dtype: mx.Dtype, seed: int = 0) -> mx.array:
+    made = mx.random.normal(shape, key=mx.random.key(seed)).astype(dtype)
+    mx.eval(made)
+    return made
+
+
+def _weight(quant: str, shape: tuple[int, ...], seed: int) -> Weight:
+    made = random_weight(quant, shape, shape[-1] ** -0.5, mx.random.key(seed))
+    mx.eval(made.planes if isinstance(made, QuantizedTensor) else made)
+    return made
+
+
+def _sets(nbytes_of_one: int, sizes: Sizes) -> int:
+    return min(MOST_SETS, max(2, -(-sizes.rotating_bytes // nbytes_of_one)))
+
+
+# --- matrices
+
+
+@dataclass(frozen=True)
+class _Matrices:
+    """A launch of the model: of one input, with what is fused in."""
+
+    name: str
+    cols: int
+    rows: tuple[int, ...]
+    norm: bool = False
+    residual: bool = False
+
+
+def qmv_cases(quant: str, dtype: mx.Dtype, sizes: Sizes) -> Iterator[Case]:
+    """The model's matrices as it launches them, several of one input together."""
+    hidden, heads, q_rank, width = CFG.hidden_size, CFG.num_heads, CFG.q_lora_rank or 0, CFG.intermediate_size
+    for matrices in (
+        _Matrices("q_a_proj, kv_a_proj", hidden, (q_rank, CFG.cache_dim), norm=True),
+        _Matrices("q_b_proj", q_rank, (heads * CFG.qk_head_dim,), norm=True),
+        _Matrices("o_proj", heads * CFG.v_head_dim, (hidden,), residual=True),
+        _Matrices("dense gate_proj, up_proj", hidden, (width, width), norm=True),
+        _Matrices("dense down_proj", width, (hidden,), residual=True),
+        _Matrices("lm_head", hidden, (sizes.vocab_size,), norm=True),
+    ):
+        if fits(quant, matrices.cols):
+            yield _qmv_case(matrices, quant, dtype, sizes)
+
+
+def router_cases(quant: str, dtype: mx.Dtype, sizes: Sizes) -> Iterator[Case]:
+    """The router's matrix, which is float32 in every file."""
+    yield _qmv_case(_Matrices("mlp.gate", CFG.hidden_size, (CFG.num_experts,)), "F32", mx.float32, sizes)
+
+
+def _qmv_case(matrices: _Matrices, quant: str, dtype: mx.Dtype, sizes: Sizes) -> Case:
+    cols, rows = matrices.cols, matrices.rows
+    first = [_weight(quant, (n, cols), 0) for n in rows]
+    count = _sets(total(first), sizes)
+    sets = [first, *([_weight(quant, (n, cols), seed) for n in rows] for seed in range(1, count))]
+    own = [[a for w in weights if (a := affine(w, dtype))] for weights in sets]
+    norm = Norm(mx.ones((cols,)), CFG.rms_norm_eps) if matrices.norm else None
+    residual = _normal((1, rows[0]), dtype, 1) if matrices.residual else None
+    extra = [] if norm is None else [norm.weight]
+    if residual is not None:
+        extra.append(residual)
+    mx.eval(extra)
+
+    def call(x: mx.array, i: int) -> list[mx.array]:
+        if residual is None:
+            return qmv_all(x, sets[i], norm)
+        return [qmv(x, sets[i][0], norm, residual.astype(x.dtype))]  # the cast is for the judge alone, in float32
+
+    def by_mlx(x: mx.array, i: int) -> list[mx.array]:
+        normed = x if norm is None else norm(x)
+        return [w.matmul(normed) if residual is None else w.matmul(normed) + residual for w in own[i]]
+
+    with_ = [word for word, fused in (("norm", norm), ("residual", residual)) if fused is not None]
+    return Case(
+        "qmv",
+        f"{matrices.name}: {cols} -> {' + '.join(map(str, rows))}{''.join(f', {word}' for word in with_)}",
+        quant,
+        _normal((1, cols), dtype),
+        count,
+        2.0 * cols * sum(rows),
+        _contestants("qmv", call, total(first), Contestant(by_mlx, total(own[0])) if own[0] else None),
+        total(extra),
+    )
+
+
+def head_qmv_cases(quant: str, dtype: mx.Dtype, sizes: Sizes) -> Iterator[Case]:
+    """The matrices with a part for each head: into the latent space, and out of it."""
+    latent = CFG.kv_lora_rank
+    for name, rows, cols in (("k_b", latent, CFG.qk_nope_head_dim), ("v_b", CFG.v_head_dim, latent)):
+        if fits(quant, cols):
+            yield _head_qmv_case(name, quant, dtype, (CFG.num_heads, rows, cols), sizes)
+
+
+def _head_qmv_case(name: str, quant: str, dtype: mx.Dtype, shape: tuple[int, int, int], sizes: Sizes) -> Case:
+    heads, rows, cols = shape
+    first = _weight(quant, shape, 0)
+    sets = [first, *(_weight(quant, shape, seed) for seed in range(1, _sets(first.nbytes, sizes)))]
+    own = [a for w in sets if (a := affine(w, dtype))]
+    return Case(
+        "head_qmv",
+        f"{name}: {heads} x {cols} -> {rows}",
+        quant,
+        _normal((1, heads, 1, cols), dtype),
+        len(sets),
+        2.0 * heads * rows * cols,
+        _contestants(
+            "qmv",
+            lambda x, i: [head_qmv(x, sets[i])],
+            first.nbytes,
+            Contestant(lambda x, i: [own[i].matmul(x[0])], own[0].nbytes) if own else None,
+        ),
+    )
+
+
+# --- experts
+
+
+@dataclass(frozen=True)
+class Experts(Generic[W]):
+    """The banks of several layers, and which experts each launch takes of which layer."""
+
+    routed: list[list[W]]  # by layer: banks (E, rows, cols)
+    shared: list[list[W]]  # by layer: (rows, cols)
+    chosen: list[mx.array]  # by set: (1, K) uint32
+
+    def of(self, i: int) -> tuple[list[W], list[W], mx.array]:
+        layer = i % len(self.routed)
+        return self.routed[layer], self.shared[layer], self.chosen[i]
+
+    @property
+    def nbytes(self) -> float:
+        """What a launch reads, in the mean over the sets."""
+        reads = 0
+        for i in range(len(self.chosen)):
+            routed, shared, chosen = self.of(i)
+            reads += sum(chosen_nbytes(bank, chosen) for bank in routed) + total(shared)
+        return reads / len(self.chosen)
+
+
+def _experts(quant: str, banks: int, shape: tuple[int, int], shared: tuple[int, int], sizes: Sizes) -> Experts[Weight]:
+    rng = np.random.default_rng(0)
+    chosen = [
+        mx.array(rng.choice(sizes.num_experts, (1, TOP_K), replace=False).astype(np.uint32)) for _ in range(CHOICES)
+    ]
+    mx.eval(chosen)
+    of_all = (sizes.num_experts, *shape)
+    return Experts(
+        [[_weight(quant, of_all, layer * banks + i) for i in range(banks)] for layer in range(sizes.layers)],
+        [[_weight(quant, shared, 100 + layer * banks + i) for i in range(banks)] for layer in range(sizes.layers)],
+        chosen,
+    )
+
+
+def _affine_experts(experts: Experts[Weight], dtype: mx.Dtype) -> Experts[Affine] | None:
+    """Or None, as `affine`."""
+    made = [
+        [[a for w in weights if (a := affine(w, dtype))] for weights in layers]
+        for layers in (experts.routed, experts.shared)
+    ]
+    return Experts(made[0], made[1], experts.chosen) if made[0][0] else None
+
+
+def gate_up_cases(quant: str, dtype: mx.Dtype, sizes: Sizes) -> Iterator[Case]:
+    width, hidden = CFG.moe_intermediate_size, CFG.hidden_size
+    if not fits(quant, hidden):
+        return
+    experts = _experts(quant, 2, (width, hidden), (SHARED * width, hidden), sizes)
+    own = _affine_experts(experts, dtype)
+
+    def call(x: mx.array, i: int) -> list[mx.array]:
+        (gate, up), (shared_gate, shared_up), chosen = experts.of(i)
+        return [y for y in experts_gate_up(x, gate, up, chosen, shared_gate, shared_up) if y is not None]
+
+    def by_mlx(x: mx.array, i: int) -> list[mx.array]:
+        assert own is not None
+        (gate, up), (shared_gate, shared_up), chosen = own.of(i)
+        routed = swiglu_ops(gate.gather(x[:, None], chosen), up.gather(x[:, None], chosen))
+        return [routed, swiglu_ops(shared_gate.matmul(x), shared_up.matmul(x))]
+
+    yield Case(
+        "experts_gate_up",
+        f"{TOP_K} of {sizes.num_experts} + {SHARED}: {hidden} -> 2 x {width}",
+        quant,
+        _normal((1, hidden), dtype),
+        CHOICES,
+        2.0 * (TOP_K + SHARED) * 2 * width * hidden,
+        _contestants("experts_gate_up", call, experts.nbytes, Contestant(by_mlx, own.nbytes) if own else None),
+        experts.chosen[0].nbytes,
+    )
+
+
+def down_cases(quant: str, dtype: mx.Dtype, sizes: Sizes) -> Iterator[Case]:
+    width, hidden = CFG.moe_intermediate_size, CFG.hidden_size
+    if not fits(quant, width):
+        return
+    experts = _experts(quant, 1, (hidden, width), (hidden, SHARED * width), sizes)
+    own = _affine_experts(experts, dtype)
+    shared_hidden, residual = _normal((1, SHARED * width), dtype, 1), _normal((1, hidden), dtype, 2)
+    weights = mx.full((1, TOP_K), CFG.routed_scaling_factor / TOP_K)
+    mx.eval(weights)
+
+    def call(x: mx.array, i: int) -> list[mx.array]:
+        (down,), (shared_down,), chosen = experts.of(i)
+        like_x = shared_hidden.astype(x.dtype), residual.astype(x.dtype)
+        return [experts_down(x, like_x[0], down, shared_down, chosen, weights, like_x[1])]
+
+    def by_mlx(x: mx.array, i: int) -> list[mx.array]:
+        assert own is not None
+        (down,), (shared_down,), chosen = own.of(i)
+        routed = (down.gather(x, chosen) * weights.astype(x.dtype)[..., None]).sum(axis=1)
+        return [routed + shared_down.matmul(shared_hidden) + residual]
+
+    yield Case(
+        "experts_down",
+        f"{TOP_K} of {sizes.num_experts} + {SHARED}: {width} -> {hidden}",
+        quant,
+        _normal((1, TOP_K, width), dtype),
+        CHOICES,
+        2.0 * (TOP_K + SHARED) * width * hidden,
+        _contestants("experts_down", call, experts.nbytes, Contestant(by_mlx, own.nbytes) if own else None),
+        total((experts.chosen[0], weights, shared_hidden, residual)),
+    )
+
+
+# --- without weights
+
+
+def route_cases(quant: str, dtype: mx.Dtype, sizes: Sizes) -> Iterator[Case]:
+    bias = 9.03 + 0.02 * _normal((CFG.num_experts,), mx.float32, 1)
+    mx.eval(bias)
+
+    def call(x: mx.array, i: int) -> list[mx.array]:
+        experts, weights = route(x, bias, TOP_K, CFG.gating, CFG.norm_topk_prob, CFG.routed_scaling_factor)
+        return [weights, experts]
+
+    yield Case(
+        "route",
+        f"{TOP_K} of {CFG.num_experts}",
+        "-",
+        _normal((1, CFG.num_experts), mx.float32),
+        1,
+        0.0,
+        _contestants("route", call, 0, None),
+        bias.nbytes,
+    )
+
+
+def mla_decode_cases(quant: str, dtype: mx.Dtype, sizes: Sizes) -> Iterator[Case]:
+    for context in sizes.contexts:
+        yield _mla_decode_case(context, dtype, sizes)
+
+
+def _mla_decode_case(context: int, dtype: mx.Dtype, sizes: Sizes) -> Case:
+    heads, latent, scale = CFG.num_heads, CFG.kv_lora_rank, CFG.softmax_scale
+    count = _sets(context * CFG.cache_dim * dtype.size, sizes)
+    caches = [_normal((1, context, CFG.cache_dim), dtype, seed) for seed in range(count)]
+    q_pe = _normal((1, heads, 1, CFG.qk_rope_head_dim), dtype, 1)
+
+    def by_mlx(x: mx.array, i: int) -> list[mx.array]:
+        key, q = caches[i][:, None], mx.concatenate([x, q_pe], axis=-1)
+        return [mx.fast.scaled_dot_product_attention(q, key, key[..., :latent], scale=scale)]
+
+    return Case(
+        "mla_decode",
+        f"{context} rows of {CFG.cache_dim}, {heads} heads",
+        "-",
+        _normal((1, heads, 1, latent), dtype),
+        count,
+        2.0 * heads * context * (CFG.cache_dim + latent),
+        _contestants(
+            "mla_decode",
+            lambda x, i: [mla_decode(x, q_pe.astype(x.dtype), caches[i], scale)],
+            caches[0].nbytes,
+            Contestant(by_mlx, caches[0].nbytes),
+        ),
+        q_pe.nbytes,
+    )
+
+
+OPS: dict[str, Callable[[str, mx.Dtype, Sizes], Iterator[Case]]] = {
+    "qmv": qmv_cases,
+    "head_qmv": head_qmv_cases,
+    "experts_gate_up": gate_up_cases,
+    "experts_down": down_cases,
+    "router": router_cases,
+    "route": route_cases,
+    "mla_decode": mla_decode_cases,
+}
+WITHOUT_QUANT = ("router", "route", "mla_decode")  # the same whatever the type of the weights

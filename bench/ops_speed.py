@@ -1,0 +1,142 @@
+"""How fast each op is at the model's shapes: its kernel against its twin and against MLX's own operations.
+
+examples:
+  python bench/ops_speed.py
+  python bench/ops_speed.py --op experts_gate_up,experts_down --quant Q4_0,Q4_K --dtype bfloat16
+
+Launches wait for one another, as in decode ("µs"), or not ("independent"). Weights, chosen experts and caches rotate,
+so that no cache holds them. The contestants take turns; a wrong result is not timed. GB/s counts each byte once that a
+launch must read or write; "of copy" is its share of what a copy on this device moves. On a CPU there are no kernels,
+and fewer experts, tokens of the vocabulary and rounds.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":  # the repository instead of this folder, whose names would hide others
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import mlx.core as mx
+
+from bench import op_cases, script
+from bench.conditions import back_end, conditions, describe
+from bench.op_cases import OPS, WITHOUT_QUANT
+from bench.op_timing import LAUNCHES, Link, Row, measure
+from bench.timing import summarize
+from glm_mlx.model import activation_dtype
+from kernels.planes import QUANT_TYPES
+
+DTYPES = {script.dtype_name(dtype): dtype for dtype in (mx.float32, mx.bfloat16, mx.float16)}
+COLUMNS = ("by", "first ms", "µs", "p10-p90", "GB/s", "of copy", "GFLOP/s", "against twin", "independent", "error")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = script.parser("ops_speed", __doc__)
+    quants = (*QUANT_TYPES, "F16", "BF16", "F32")
+    parser.add_argument("--op", type=script.listed(script.choice(*OPS)), default=list(OPS), metavar="OP[,OP]")
+    parser.add_argument(
+        "--quant", type=script.listed(script.choice(*quants)), default=["Q4_0"], metavar="TYPE[,TYPE]",
+        help=f"types of the weights (default Q4_0) of {', '.join(quants)}",
+    )  # fmt: skip
+    parser.add_argument("--dtype", choices=DTYPES, help="of activations (default: the product's on this device)")
+    parser.add_argument("--rounds", type=script.whole(1), help="samples of each (default 30, on a CPU 5)")
+    args = parser.parse_args(argv)
+    path = script.results_file("ops_speed", args.json)
+    on_cpu = back_end() == "cpu"
+    sizes = op_cases.CPU if on_cpu else op_cases.GPU
+    dtype = DTYPES[args.dtype] if args.dtype else activation_dtype()
+    rounds = args.rounds or (5 if on_cpu else 30)
+
+    found = conditions()
+    rows: list[Row] = []
+    tiny: dict[mx.Dtype, float] = {}
+    interrupted = False
+    try:
+        with script.NOTES.status("measuring") as status:
+            for op in args.op:
+                for quant in args.quant[:1] if op in WITHOUT_QUANT else args.quant:
+                    for case in OPS[op](quant, dtype, sizes):
+                        status.update(f"{op}: {case.what}")
+                        link, tiny[case.x.dtype] = Link.long_enough(case.x.dtype, case.x.size)
+                        measure(case, link, rounds, rows)
+                mx.clear_cache()
+    except KeyboardInterrupt:
+        interrupted = True
+
+    rows = [row for row in rows if row.chain or row.problem]
+    lines = [
+        *describe(found),
+        f"activations {', '.join(script.dtype_name(d) for d in tiny)}; a tiny launch that waits for "
+        f"another: {', '.join(f'{1e6 * t:.1f}' for t in tiny.values())} µs; medians of up to {rounds} rounds",
+    ]
+    _print(lines, rows, found["copy"]["gb_s"], ["interrupted: this is what was measured until then"] * interrupted)
+    report = {
+        "script": "ops_speed",
+        "conditions": found,
+        "sizes": vars(sizes),
+        "dtype": script.dtype_name(dtype),
+        "rounds": rounds,
+        "launches_of_a_sample": LAUNCHES,
+        "tiny_launch_seconds": {script.dtype_name(d): t for d, t in tiny.items()},
+        "interrupted": interrupted,
+        "rows": [_as_json(row) for row in rows],
+    }
+    script.write_json(path, report)
+    return 130 if interrupted else 0
+
+
+def _print(lines: list[str], rows: list[Row], copy_gb_s: float, notes: list[str]) -> None:
+    table = script.table("speed of the ops", ("op", "shape", "type", *COLUMNS), words=4)
+    twins = {id(row.case): summarize(row.chain).median for row in rows if row.by == "twin" and row.chain}
+    last = None
+    for row in rows:
+        case = row.case
+        name = (case.op, case.what, case.quant) if case is not last else ("", "", "")
+        last = case
+        if row.problem:
+            table.add_row(*name, row.by)
+            notes.append(f"{case.op}, {case.what}, {case.quant}, by {row.by}: {row.problem}")
+            continue
+        chain, independent = summarize(row.chain), summarize(row.independent)
+        gb_s = row.nbytes / chain.median / 1e9
+        table.add_row(
+            *name,
+            row.by,
+            f"{1e3 * (row.first or 0):.1f}",
+            f"{1e6 * chain.median:.2f}",
+            f"{1e6 * chain.p10:.2f}-{1e6 * chain.p90:.2f}",
+            f"{gb_s:.1f}",
+            f"{gb_s / copy_gb_s:.1%}",
+            f"{case.flops / chain.median / 1e9:.1f}" if case.flops else "-",
+            f"{twins[id(case)] / chain.median:.2f} x" if id(case) in twins else "-",
+            f"{1e6 * independent.median:.2f}",
+            f"{row.error:.1e}",
+        )
+    script.show(lines, table, notes)
+
+
+def _as_json(row: Row) -> dict[str, Any]:
+    case = row.case
+    samples = {"chain": row.chain, "link": row.link, "independent": row.independent}
+    return {
+        "op": case.op,
+        "shape": case.what,
+        "type": case.quant,
+        "dtype": script.dtype_name(case.x.dtype),
+        "by": row.by,
+        "sets": case.sets,
+        "bytes": row.nbytes,
+        "flops": case.flops,
+        "error": row.error,
+        "problem": row.problem,
+        "launches": row.launches,
+        "first_seconds": row.first,
+        "warm_up_seconds": row.warm_up,
+        "summary": {name: summarize(values).as_dict() for name, values in samples.items() if values},
+        "seconds": samples,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(script.run(main))

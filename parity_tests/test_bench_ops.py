@@ -1,0 +1,248 @@
+"""The benchmark of the ops does what it says: it counts touched bytes, launches wait, wrong results are not timed."""
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from importlib import import_module
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+import glm_mlx.model
+from glm_mlx.load import load_model
+from glm_mlx.model import decode_bytes
+from glm_mlx.small import SMALL_MODEL
+from kernels import launcher
+from kernels.planes import QuantizedTensor, Weight
+from kernels.qmv import Norm
+
+# import-linter keeps tests and benchmarks from importing one another.
+op_cases, op_timing = import_module("bench.op_cases"), import_module("bench.op_timing")
+SIZES = replace(op_cases.CPU, num_experts=6, layers=2, vocab_size=512, rotating_bytes=1 << 20, contexts=(64,))
+
+
+def cases(op: str, quant: str = "Q4_0", dtype: mx.Dtype = mx.float32) -> list[Any]:
+    return list(op_cases.OPS[op](quant, dtype, SIZES))
+
+
+def planes(weight: Weight) -> Sequence[mx.array]:
+    return weight.planes if isinstance(weight, QuantizedTensor) else (weight,)
+
+
+@pytest.mark.parametrize("quant", ["Q4_0", "Q4_K", "Q6_K", "F16"])
+@pytest.mark.parametrize("op", ["experts_gate_up", "experts_down"])
+def test_expert_bytes_are_those_of_the_rows_that_were_chosen(
+    op: str, quant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A spy in the place of the op sums the planes of the experts that it is given, one by one."""
+    seen: list[int] = []
+
+    def spy(*args: Any) -> Any:
+        experts = next(a for a in args if isinstance(a, mx.array) and a.dtype == mx.uint32)
+        weights = [a for a in args if isinstance(a, QuantizedTensor) or (isinstance(a, mx.array) and a.ndim > 2)]
+        banks = [w for w in weights if w.shape[0] == SIZES.num_experts]
+        shared = [w for w in args if w is not None and len(w.shape) == 2 and min(w.shape) > 8]
+        chosen = {int(e) for e in np.asarray(experts).reshape(-1)}
+        rows = [p[e] for bank in banks for p in planes(bank) for e in chosen]
+        seen.append(sum(r.nbytes for r in rows) + sum(p.nbytes for w in shared for p in planes(w)))
+        return mx.zeros((1, 1)) if op == "experts_down" else (mx.zeros((1, 1)), None)
+
+    monkeypatch.setattr(op_cases, op, spy)
+    (case,) = cases(op, quant)
+    twin = case.contestants["twin"]
+    for i in range(case.sets):
+        twin.run(case.x, i)
+    assert len(seen) == 64
+    assert twin.nbytes == sum(seen) / len(seen)
+
+
+@pytest.mark.parametrize("op", ["qmv", "head_qmv", "router"])
+def test_matrix_bytes_are_those_of_the_planes(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+
+    def spy(x: mx.array, weights: Any, *fused: Any) -> list[mx.array]:
+        of_one = [weights] if isinstance(weights, QuantizedTensor | mx.array) else weights
+        seen.append(sum(p.nbytes for w in of_one for p in planes(w)))
+        return [mx.zeros((1, 1))]
+
+    for name in ("qmv", "qmv_all", "head_qmv"):
+        monkeypatch.setattr(op_cases, name, spy)
+    found = cases(op)
+    assert len(found) == {"qmv": 6, "head_qmv": 2, "router": 1}[op]
+    for case in found:
+        seen.clear()
+        case.contestants["twin"].run(case.x, 0)
+        assert case.contestants["twin"].nbytes == sum(seen)
+
+
+@pytest.mark.parametrize("op", ["qmv", "head_qmv", "mla_decode"])
+def test_sets_are_more_than_a_cache_holds(op: str) -> None:
+    for case in cases(op):
+        assert case.sets >= 2
+        assert case.sets * case.contestants["twin"].nbytes >= SIZES.rotating_bytes
+
+
+@pytest.mark.parametrize("op", op_cases.OPS)
+@pytest.mark.parametrize("quant", ["Q4_0", "Q5_1", "Q4_K"])
+def test_contestants_compute_the_same(op: str, quant: str) -> None:
+    """MLX's own operations are set up right: on a CPU in float32 they give what the twin gives."""
+    rows: list[Any] = []
+    for case in cases(op, quant):
+        op_timing.measure(case, op_timing.Link(case.x.dtype, case.x.size), 0, rows)
+    assert {row.by for row in rows} >= ({"twin"} if op in ("route", "router") else {"twin", "mlx"})
+    for row in rows:
+        assert row.problem is None
+        assert row.error < 1e-5
+        assert row.nbytes > row.case.contestants[row.by].nbytes > 0 or op == "route"
+
+
+@pytest.mark.parametrize("op", ["qmv", "head_qmv", "experts_gate_up", "experts_down", "route", "mla_decode"])
+def test_a_device_with_kernels_measures_them_beside_their_twins(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    avoided: list[bool] = []
+    monkeypatch.setattr(launcher, "back_end", lambda op: None if op in launcher._avoided else mx.fast.metal_kernel)
+
+    def spy(*args: Any) -> Any:
+        avoided.append(all(launcher.back_end(name) is None for name in launcher.OPS))
+        return [mx.zeros((1, 1))] * 2
+
+    for name in ("qmv", "qmv_all", "head_qmv", "experts_gate_up", "experts_down", "route", "mla_decode"):
+        monkeypatch.setattr(op_cases, name, spy)
+    case = cases(op)[0]
+    assert list(case.contestants)[:2] == ["twin", "kernel"]
+    for name in ("twin", "kernel", "twin"):
+        case.contestants[name].run(case.x, 0)
+    assert avoided == [True, False, True]
+    assert case.contestants["twin"].nbytes == case.contestants["kernel"].nbytes
+
+
+@pytest.mark.parametrize("quant", ["Q6_K", "IQ4_NL", "F16"])
+def test_types_that_mlx_has_no_operation_for_have_no_such_contestant(quant: str) -> None:
+    assert [list(case.contestants) for op in ("experts_down", "head_qmv") for case in cases(op, quant)] == [
+        ["twin"] for op in ("experts_down", "head_qmv") for _ in cases(op, quant)
+    ]
+
+
+def small_case(runs: dict[str, Callable[[mx.array, int], Sequence[mx.array]]], sets: int = 3) -> Any:
+    ways = {name: op_cases.Contestant(run, 100) for name, run in runs.items()}
+    return op_cases.Case("op", "small", "-", mx.ones((1, 4)), sets, 1.0, ways, 7)
+
+
+def test_each_launch_takes_its_activations_from_the_result_before() -> None:
+    seen: list[tuple[int, mx.array, mx.array]] = []
+
+    def run(x: mx.array, i: int) -> list[mx.array]:
+        y = 0.5 * x + i
+        seen.append((i, x, y))
+        return [y]
+
+    link = op_timing.Link(mx.float32, 4)
+    timer = op_timing._Timer(small_case({"twin": run}), op_cases.Contestant(run, 0), link, None)
+    timer.chain(5)
+    assert [i for i, _, _ in seen] == [1, 2, 0, 1, 2]  # the sets rotate
+    for (_, _, before), (_, x, _) in itertools.pairwise(seen):
+        first = float(mx.tanh(before.reshape(-1)[0]))
+        assert np.allclose(np.asarray(x)[0], np.cumsum([first, *np.asarray(link.steps)[1:]]), atol=1e-6)
+
+
+def test_activations_of_a_chain_stay_as_they_are() -> None:
+    link = op_timing.Link(mx.bfloat16, 4096)
+    values = link.steps
+    for _ in range(200):
+        values = link.next(3e4 * values)
+    got = np.asarray(values.astype(mx.float32))
+    assert got.std() == pytest.approx(1, abs=0.1)
+    assert abs(got.mean()) < 1.5
+
+
+def test_a_wrong_result_is_not_timed() -> None:
+    case = small_case(
+        {"twin": lambda x, i: [2 * x], "kernel": lambda x, i: [1.8 * x], "mlx": lambda x, i: [mx.array([[mx.nan] * 4])]}
+    )
+    rows: list[Any] = []
+    op_timing.measure(case, op_timing.Link(mx.float32, 4), 2, rows)
+    assert [(row.by, len(row.chain), row.problem) for row in rows] == [
+        ("twin", 2, None),
+        ("kernel", 0, "wrong result, off by 0.1"),
+        ("mlx", 0, "wrong result, off by nan"),
+    ]
+    assert rows[0].nbytes == 100 + 7 + 16 + 16
+
+
+def test_a_contestant_that_fails_is_a_row_that_says_why() -> None:
+    def fail(x: mx.array, i: int) -> list[mx.array]:
+        raise ValueError("no such\n  operation")
+
+    rows: list[Any] = []
+    op_timing.measure(small_case({"twin": lambda x, i: [x], "mlx": fail}), op_timing.Link(mx.float32, 4), 1, rows)
+    assert [row.problem for row in rows] == [None, "fails: no such operation"]
+
+
+def test_contestants_take_turns_in_either_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    sample = op_timing._Timer.sample
+
+    def spy(timer: Any) -> None:
+        order.append(timer.row.by)
+        sample(timer)
+
+    monkeypatch.setattr(op_timing._Timer, "sample", spy)
+    case = small_case({"twin": lambda x, i: [2 * x], "kernel": lambda x, i: [2 * x]})
+    op_timing.measure(case, op_timing.Link(mx.float32, 4), 3, [])
+    assert order == ["twin", "kernel", "kernel", "twin", "twin", "kernel"]
+
+
+def test_the_links_time_is_taken_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    timer = op_timing._Timer(
+        small_case({}), op_cases.Contestant(lambda x, i: [x], 0), op_timing.Link(mx.float32, 4), op_timing.Row(None, "")
+    )
+    timer.row.launches = 10
+    monkeypatch.setattr(timer.link, "chain", lambda n: 2.0)
+    monkeypatch.setattr(timer, "chain", lambda n: 5.0)
+    monkeypatch.setattr(timer, "independent", lambda n: 4.0)
+    timer.sample()
+    row = timer.row
+    assert (row.chain, row.link, row.independent) == ([0.3], [0.2], [0.4])
+
+
+def test_bytes_of_a_token_are_those_that_a_decode_step_touches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every function that the model calls is watched for the weights and the cache that it is given."""
+    loaded = load_model(SMALL_MODEL)
+    names = {id(weight): name for name, weight in loaded.weights.items()}
+    touched: dict[str, int] = {}
+    rows_read: list[int] = []
+
+    def watched(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            flat = [item for a in (*args, *kwargs.values()) for item in (a if isinstance(a, list | tuple) else [a])]
+            flat += [item.weight for item in flat if isinstance(item, Norm)]
+            ids = [a for a in flat if isinstance(a, mx.array) and a.dtype in (mx.uint32, mx.int32)]
+            for weight in flat:
+                name = names.get(id(weight))
+                if name is None:
+                    continue
+                parts = [p.nbytes for p in planes(weight)]
+                if ".experts." in name or name == "embed_tokens":  # the rows that the ids choose
+                    used = len(np.unique(np.asarray(ids[0])))
+                    parts = [p[0].nbytes * used for p in planes(weight)]
+                touched[name] = sum(parts)
+            if function.__name__.startswith("mla_decode"):
+                rows_read.append(args[2].nbytes)
+            return function(*args, **kwargs)
+
+        return call
+
+    for name, value in vars(glm_mlx.model).items():
+        of_kernels = callable(value) and getattr(value, "__module__", "").startswith("kernels.")
+        if of_kernels or name == "rms_norm":
+            monkeypatch.setattr(glm_mlx.model, name, watched(value))
+    model, cache = loaded.model, loaded.model.new_cache()
+    mx.eval(model.hidden_states(mx.array([[5, 6, 7]]), cache))
+    touched.clear()
+    rows_read.clear()
+    mx.eval(model.logits(model.hidden_states(mx.array([[8]], mx.int32), cache)))
+    fixed, per_row = decode_bytes(loaded.config, loaded.weights, model.dtype)
+    assert sorted(set(loaded.weights) - set(touched)) == []
+    assert sum(touched.values()) == fixed
+    assert sum(rows_read) == 4 * per_row
