@@ -1,0 +1,289 @@
+"""How fast a whole model decodes and reads prompts, at several context depths, against the memory's bandwidth.
+
+examples:
+  python bench/decode.py                                    the small model that ships with the project
+  python bench/decode.py --model GLM-4.7-Flash-Q4_0.gguf
+  python bench/decode.py --synthetic                        real shapes, random weights of the real types, no file
+  python bench/decode.py --synthetic --layers 4 --mix q4_k_m --depths 0,4k --fill random
+
+Greedy, through the same engine as `generate`; prompts are seeded random token ids. The first tokens after a prompt are
+warm-up: shown, but in no median. A depth is the number of tokens before the first decoded one (0: a prompt of one).
+"read/token" is what the launched code reads: the chosen experts, one row of the embedding, all other weights and the
+rows of the cache; "of copy" is the share of what a copy on this device moves. Without --fill, the context is a real
+prompt up to 4,096 tokens (512 on a CPU) and random rows in the cache beyond, which decode at the same speed.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":  # the repository instead of this folder, whose names would hide others
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import numpy as np
+from rich.filesize import decimal
+
+from bench import script, synthetic
+from bench.conditions import back_end, conditions, describe
+from bench.launches import decode_step, launches
+from bench.subject import Subject, add_arguments, open_subject
+from bench.timing import summarize
+from glm_mlx.engine import Engine
+from glm_mlx.errors import InputError
+from glm_mlx.gguf import shown
+from glm_mlx.model import Model, decode_bytes
+from glm_mlx.sampling import SamplingParams
+from kernels import launcher
+
+DEPTHS = (0, 512, 4096, 16_384, 32_768, 65_536, 131_072)
+WARM_UP = 5  # tokens
+PATHS: dict[str, Callable[[], AbstractContextManager[None]]] = {"kernels": nullcontext, "twins": launcher.avoiding}
+COLUMNS = (
+    "depth", "path", "context by", "first token s", "prefill tok/s", "warm-up ms", "decode ms", "p10-p90", "tok/s",
+    "tokens", "read/token", "GB/s", "of copy", "peak memory",
+)  # fmt: skip
+
+
+@dataclass
+class Run:
+    """One prompt and the tokens after it; times in seconds. Without a real prompt, prefill_tok_s is None."""
+
+    depth: int
+    path: str
+    fill: str
+    time_to_first_token: float | None = None
+    prefill_tok_s: float | None = None
+    seconds: list[float] = field(default_factory=list)  # of every decoded token, warm-up first
+    positions: list[int] = field(default_factory=list)  # of these tokens: as many rows of the cache were read
+    tokens: list[int] = field(default_factory=list)  # all that came, the prompt's own first one too
+    peak_memory: int = 0
+
+    @property
+    def decode(self) -> list[float]:
+        return self.seconds[WARM_UP:]
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = _arguments(argv)
+    path = script.results_file("decode", args.json)
+    paths = args.paths or ["kernels" if _has_kernels() else "twins"]
+    if "kernels" in paths and not _has_kernels():
+        raise InputError("this device launches no kernels; leave --paths out")
+    subject = open_subject(args)
+    tokens = WARM_UP + args.count + 2  # the first comes from the prompt, beside the last no next one is computed
+    depths, notes = usable_depths(subject, args.depths, tokens)
+    found = conditions()
+
+    runs: list[Run] = []
+    counted: dict[str, dict[str, int]] = {}
+    interrupted = False
+    try:
+        for name in paths:
+            with PATHS[name]():
+                counted[name] = dict(decode_step(subject.model))
+        notes += measure_all(subject.model, runs, args, paths, depths, tokens)
+    except KeyboardInterrupt:
+        interrupted = True
+
+    runs = [run for run in runs if run.decode]
+    notes += agreement(runs)
+    if interrupted:
+        notes.append("interrupted: this is what was measured until then")
+    rows = list(_rows(subject, runs, found["copy"]["gb_s"]))
+    _print(subject, found, args, counted, rows, notes)
+    report = {
+        "script": "decode",
+        "conditions": found,
+        "model": subject.as_dict(),
+        "rounds": args.rounds,
+        "warm_up_tokens": WARM_UP,
+        "primitives_a_token": counted,
+        "interrupted": interrupted,
+        "notes": notes,
+        "rows": rows,
+        "runs": [asdict(run) for run in runs],
+    }
+    script.write_json(path, report)
+    return 130 if interrupted else 0
+
+
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = script.parser("decode", __doc__)
+    add_arguments(parser)
+    parser.add_argument("--depths", type=script.listed(script.whole(0)), metavar="N[,N]", help="such as 0,512,4k")
+    parser.add_argument("--fill", choices=("prefill", "random"), help="where the context comes from")
+    parser.add_argument("--count", "-n", type=script.whole(1), default=30, help="tokens a round (default 30)")
+    parser.add_argument("--rounds", type=script.whole(1), default=3, help="of every depth (default 3)")
+    parser.add_argument(
+        "--paths", type=script.listed(script.choice(*PATHS)), metavar="PATH[,PATH]",
+        help="kernels, twins, or both in turns (default: kernels where the device launches them)",
+    )  # fmt: skip
+    return parser.parse_args(argv)
+
+
+def _has_kernels() -> bool:
+    return any(launcher.back_end(op) is not None for op in launcher.OPS)
+
+
+def usable_depths(subject: Subject, given: Sequence[int] | None, tokens: int) -> tuple[list[int], list[str]]:
+    """The depths to measure, and why others are left out. Raises InputError for a given one that can't be."""
+    cfg = subject.config
+    per_row = cfg.num_layers * cfg.cache_dim * subject.model.dtype.size
+    by_context = cfg.context_length - tokens
+    by_memory = int(subject.room / 1.1 / per_row) - tokens
+    wanted = sorted(set(given or DEPTHS))
+    depths = [depth for depth in wanted if max(depth, 1) <= min(by_context, by_memory)]
+    if depths == wanted:
+        return depths, []
+    why = (
+        f"the model's context ends at {cfg.context_length:,}"
+        if by_context <= by_memory
+        else f"{decimal(subject.room)} of memory are left for a cache of {decimal(per_row)} a token"
+    )
+    left_out = f"depth {wanted[len(depths)]:,} and more: {why}"
+    if given is not None or not depths:
+        raise InputError(f"cannot measure {left_out}; give less with --depths or --count")
+    return depths, [f"not measured: {left_out}"]
+
+
+def fill_of(depth: int, given: str | None) -> str:
+    """Where the context of a depth comes from, unless told: nobody wants to wait for the reading of a long one."""
+    if depth <= 1:
+        return "prefill"
+    return given or ("prefill" if depth <= (512 if back_end() == "cpu" else 4096) else "random")
+
+
+def measure_all(
+    model: Model, runs: list[Run], args: argparse.Namespace, paths: list[str], depths: list[int], tokens: int
+) -> list[str]:
+    """Append runs, the paths in turns, and return what could not be measured."""
+    notes, deepest = [], depths[-1]
+    with script.NOTES.status("measuring") as status:
+        for number in range(args.rounds):
+            for depth, path in [(d, p) for d in depths for p in paths[:: 1 if number % 2 == 0 else -1]]:
+                if depth > deepest:
+                    continue
+                status.update(f"round {number + 1} of {args.rounds}, depth {depth:,}, {path}")
+                run = Run(depth, path, fill_of(depth, args.fill))
+                runs.append(run)
+                try:
+                    with PATHS[path]():
+                        measure(model, run, tokens)
+                except (MemoryError, RuntimeError) as error:
+                    if not script.is_out_of_memory(error):
+                        raise
+                    notes.append(f"not measured: depth {depth:,} and more: out of memory by {path}")
+                    deepest = depth - 1
+    return notes
+
+
+def measure(model: Model, run: Run, tokens: int) -> None:
+    """Fill `run` token by token: what is there when Ctrl-C comes is good."""
+    rng = np.random.default_rng(0)
+    prompt = rng.integers(0, model.cfg.vocab_size, max(run.depth, 1)).tolist()
+    engine = Engine(model)
+    if run.fill == "random":
+        synthetic.fill_cache(engine.cache, len(prompt) - 1)
+        engine.tokens = prompt[:-1]  # as if they had been read
+    for step in engine.generate(prompt, SamplingParams(temperature=0), tokens):
+        stats = engine.stats
+        run.tokens.append(step.token)
+        run.peak_memory = stats.peak_memory
+        if len(run.tokens) == 1:
+            if run.fill == "prefill":
+                run.time_to_first_token, run.prefill_tok_s = stats.time_to_first_token, stats.prefill_tok_s
+        elif len(run.tokens) < tokens:
+            run.seconds.append(step.seconds)
+            run.positions.append(step.position)
+
+
+def agreement(runs: Sequence[Run]) -> Iterator[str]:
+    """How far the tokens of two paths are the same, at each depth."""
+    for depth in sorted({run.depth for run in runs}):
+        first = {run.path: run.tokens for run in reversed(runs) if run.depth == depth}
+        if len(first) == 2:
+            a, b = (first[path] for path in sorted(first))
+            pairs = list(zip(a, b, strict=False))
+            same = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
+            yield f"depth {depth:,}: {' and '.join(sorted(first))} give the same first {same} of {len(pairs)} tokens"
+
+
+def _rows(subject: Subject, runs: Sequence[Run], copy_gb_s: float) -> Iterator[dict[str, Any]]:
+    """A row for each depth and path, over all its runs."""
+    fixed, per_row = decode_bytes(subject.config, subject.weights, subject.model.dtype)
+    for depth, path in sorted({(run.depth, run.path) for run in runs}):
+        group = [run for run in runs if (run.depth, run.path) == (depth, path)]
+        seconds = [s for run in group for s in run.decode]
+        nbytes = [fixed + per_row * p for run in group for p in run.positions[WARM_UP:]]
+        rates = [n / s / 1e9 for n, s in zip(nbytes, seconds, strict=True)]
+        prefills = [run for run in group if run.prefill_tok_s is not None]
+        yield {
+            "depth": depth,
+            "path": path,
+            "fill": group[0].fill,
+            "time_to_first_token": _summary([run.time_to_first_token or 0.0 for run in prefills]),
+            "prefill_tok_s": _summary([run.prefill_tok_s or 0.0 for run in prefills if depth > 1]),
+            "warm_up_seconds": group[0].seconds[:WARM_UP],
+            "decode_seconds": summarize(seconds).as_dict(),
+            "bytes_a_token": summarize(nbytes).median,
+            "gb_s": summarize(rates).as_dict(),
+            "of_copy": summarize(rates).median / copy_gb_s,
+            "peak_memory": max(run.peak_memory for run in group),
+        }
+
+
+def _summary(samples: list[float]) -> dict[str, float] | None:
+    return summarize(samples).as_dict() if samples else None
+
+
+def _print(
+    subject: Subject,
+    found: dict[str, Any],
+    args: argparse.Namespace,
+    counted: Mapping[str, Mapping[str, int]],
+    rows: Sequence[dict[str, Any]],
+    notes: Sequence[str],
+) -> None:
+    cfg = subject.config
+    fixed, per_row = decode_bytes(cfg, subject.weights, subject.model.dtype)
+    lines = [
+        f"{shown(subject.name)}: {cfg.num_layers} layers, {decimal(subject.nbytes)} of weights ({subject.mix}), "
+        f"activations {script.dtype_name(subject.model.dtype)}",
+        *describe(found),
+        f"a token reads {decimal(fixed)} of weights and {decimal(per_row)} for each token before it; greedy, "
+        f"{args.rounds} rounds of {args.count} tokens after {WARM_UP} of warm-up",
+        *(
+            f"a token by {name}: {launches(counts)} launches in {sum(counts.values())} primitives of MLX"
+            for name, counts in counted.items()
+        ),
+    ]
+    table = script.table("decode", COLUMNS, words=0)
+    for row in rows:
+        decode, warm = row["decode_seconds"], row["warm_up_seconds"]
+        first, prefill = row["time_to_first_token"], row["prefill_tok_s"]
+        table.add_row(
+            f"{row['depth']:,}",
+            row["path"],
+            {"prefill": "prompt", "random": "random rows"}[row["fill"]],
+            f"{first['median']:.3f}" if first else "-",
+            f"{prefill['median']:,.0f}" if prefill else "-",
+            f"{1e3 * warm[0]:.1f} .. {1e3 * warm[-1]:.1f}",
+            f"{1e3 * decode['median']:.2f}",
+            f"{1e3 * decode['p10']:.2f}-{1e3 * decode['p90']:.2f}",
+            f"{1 / decode['median']:.1f}",
+            f"{decode['count']}",
+            decimal(round(row["bytes_a_token"])),
+            f"{row['gb_s']['median']:.3g}",
+            f"{row['of_copy']:.1%}",
+            decimal(row["peak_memory"]),
+        )
+    script.show(lines, table, notes)
+
+
+if __name__ == "__main__":
+    sys.exit(script.run(main))

@@ -1,0 +1,264 @@
+"""The scripts of bench/ as a user meets them: help, a short run, JSON, errors of one line, Ctrl-C."""
+
+import json
+import subprocess
+import sys
+from argparse import Namespace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from glm_mlx.cache import LatentCache
+from glm_mlx.errors import InputError
+from glm_mlx.model import Model
+from kernels import launcher
+
+# import-linter keeps tests and benchmarks from importing one another.
+decode, ops_speed, script = (import_module(f"bench.{name}") for name in ("decode", "ops_speed", "script"))
+conditions, op_cases, subject = (import_module(f"bench.{name}") for name in ("conditions", "op_cases", "subject"))
+launches = import_module("bench.launches")
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Conditions without seconds of copying."""
+    monkeypatch.setattr(conditions, "COPIES", (1, 2))
+    monkeypatch.setattr(conditions, "available_memory", lambda: 1 << 26)
+
+
+def run_script(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("name", ["decode", "ops_speed"])
+def test_help_says_what_the_script_does(name: str) -> None:
+    done = run_script(f"bench/{name}.py", "-h")
+    assert done.returncode == 0
+    assert done.stderr == ""
+    for words in ("examples:", f"python bench/{name}.py", "--json FILE", "How fast"):
+        assert words in done.stdout
+
+
+def test_three_tokens_of_the_small_model(tmp_path: Path) -> None:
+    """Started as a user does; in a pipe the table is plain text, and whole."""
+    path = tmp_path / "out.json"
+    done = run_script("bench/decode.py", "--depths", "0,40", "--count", "3", "--rounds", "2", "--json", str(path))
+    assert done.returncode == 0, done.stderr
+    table = done.stdout[done.stdout.index("\ndecode") :].splitlines()
+    assert [line.split()[:3] for line in table if line.strip()[:1].isdigit()] == [
+        ["0", "twins", "prompt"],
+        ["40", "twins", "prompt"],
+    ]
+    assert done.stdout.isascii() or "µ" in done.stdout
+    assert "\x1b" not in done.stdout
+    report = json.loads(path.read_text())
+    assert [row["depth"] for row in report["rows"]] == [0, 40]
+    assert [len(run["seconds"]) for run in report["runs"]] == [5 + 3] * 4
+    assert [run["positions"][0] for run in report["runs"]] == [2, 41, 2, 41]
+    assert report["rows"][1]["decode_seconds"]["count"] == 6
+    assert report["rows"][1]["prefill_tok_s"]["count"] == 2
+    for key in ("chip", "os", "mlx", "commit", "copy", "memory_bytes", "source_sha256", "power_source"):
+        assert key in report["conditions"]
+    model = report["model"]
+    assert model["name"] == "small.gguf"
+    assert len(model["header_sha256"]) == 64
+    assert sum(model["bytes_by_type"].values()) == 5749568
+    assert report["primitives_a_token"]["twins"]["QuantizedMatmul"] > 40
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_random_context_is_not_read_but_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths, hidden_states = set(), Model.hidden_states
+
+    def watched(model: Model, tokens: mx.array, cache: LatentCache) -> mx.array:
+        if cache.offset:  # launches are counted on a cache of its own
+            lengths.add((tokens.shape[1], cache.offset >= 299))
+        return hidden_states(model, tokens, cache)
+
+    monkeypatch.setattr(Model, "hidden_states", watched)
+    path = tmp_path / "out.json"
+    arguments = ["--depths", "300", "--count", "2", "--rounds", "1", "--fill", "random", "--json", str(path)]
+    assert decode.main(arguments) == 0
+    (run,) = json.loads(path.read_text())["runs"]
+    assert run["fill"] == "random"
+    assert run["prefill_tok_s"] is None
+    assert run["time_to_first_token"] is None
+    assert run["positions"] == list(range(301, 308))
+    assert lengths == {(1, False), (1, True)}
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_synthetic_model_needs_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = import_module("bench.synthetic")
+    keys = made.metadata
+    monkeypatch.setattr(
+        made,
+        "metadata",
+        lambda layers: (
+            keys(layers)
+            | {"tokenizer.ggml.tokens": [""] * 256, "deepseek2.expert_count": 4, "deepseek2.feed_forward_length": 256}
+        ),
+    )
+    path = tmp_path / "out.json"
+    arguments = ["--layers", "2", "--mix", "q8_0", "--depths", "0", "--count", "1", "--rounds", "1"]
+    assert decode.main([*arguments, "--json", str(path)]) == 0
+    report = json.loads(path.read_text())
+    assert report["model"]["mix"] == "q8_0"
+    assert report["model"]["layers"] == 2
+    assert "GLM-4.7-Flash, random weights: 2 layers" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("quick")
+def test_ctrl_c_keeps_what_was_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measure, calls = decode.measure, []
+
+    def interrupted(*args: Any) -> None:
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        measure(*args)
+
+    monkeypatch.setattr(decode, "measure", interrupted)
+    path = tmp_path / "out.json"
+    assert decode.main(["--depths", "0,20", "--count", "2", "--rounds", "9", "--json", str(path)]) == 130
+    report = json.loads(path.read_text())
+    assert report["interrupted"] is True
+    assert [run["depth"] for run in report["runs"]] == [0, 20]
+    assert "interrupted" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("quick")
+def test_ctrl_c_in_the_ops_keeps_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def two_then_stop(quant: str, dtype: mx.Dtype, sizes: Any) -> Any:
+        yield from op_cases.route_cases(quant, dtype, sizes)
+        yield from op_cases.route_cases(quant, dtype, sizes)
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(op_cases.OPS, "route", two_then_stop)
+    path = tmp_path / "out.json"
+    assert ops_speed.main(["--op", "route,qmv", "--rounds", "2", "--json", str(path)]) == 130
+    report = json.loads(path.read_text())
+    assert [row["op"] for row in report["rows"]] == ["route", "route"]
+    assert [len(values) for values in report["rows"][0]["seconds"].values()] == [2, 2, 2]
+
+
+@pytest.mark.usefixtures("quick")
+def test_paths_take_turns_and_twins_avoid_the_kernels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(decode, "_has_kernels", lambda: True)
+    measure, order = decode.measure, []
+
+    def watched(model: Any, run: Any, tokens: int) -> None:
+        order.append((run.path, bool(launcher._avoided)))
+        measure(model, run, tokens)
+
+    monkeypatch.setattr(decode, "measure", watched)
+    arguments = ["--depths", "0", "--count", "2", "--rounds", "3", "--paths", "twins,kernels"]
+    assert decode.main([*arguments, "--json", str(tmp_path / "out.json")]) == 0
+    twins, kernels = ("twins", True), ("kernels", False)
+    assert order == [twins, kernels, kernels, twins, twins, kernels]
+    assert "depth 0: kernels and twins give the same first 9 of 9 tokens" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_depth_that_runs_out_of_memory_is_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measure = decode.measure
+
+    def full(model: Any, run: Any, tokens: int) -> None:
+        if run.depth > 0:
+            raise RuntimeError("[malloc] Unable to allocate 99 bytes.")
+        measure(model, run, tokens)
+
+    monkeypatch.setattr(decode, "measure", full)
+    path = tmp_path / "out.json"
+    assert decode.main(["--depths", "0,20,30", "--count", "2", "--rounds", "2", "--json", str(path)]) == 0
+    report = json.loads(path.read_text())
+    assert [run["depth"] for run in report["runs"]] == [0, 0]
+    assert report["notes"] == ["not measured: depth 20 and more: out of memory by twins"]
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("decode", ["--depths", "0,4090"], "depth 4,090 and more: the model's context ends at 4,096; give less"),
+        ("decode", ["--model", "missing.gguf"], "no such file: missing.gguf"),
+        ("decode", ["--model", "a.gguf", "--layers", "2"], "--layers takes layers of a synthetic model"),
+        ("decode", ["--layers", "48"], "48 layers can't be made; take 1 to 47"),
+        ("decode", ["--paths", "twins,kernels"], "this device launches no kernels; leave --paths out"),
+        ("decode", ["--json", "/"], "cannot write /; name another file with --json"),
+        ("ops_speed", ["--json", "/no/such/folder/x.json"], "cannot write /no/such/folder/x.json"),
+    ],
+)
+@pytest.mark.usefixtures("quick")
+def test_bad_input_is_one_line(
+    name: str, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main = {"decode": decode, "ops_speed": ops_speed}[name].main
+    assert script.run(lambda: main(arguments)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--op", "route,rout"], "'rout' is none of qmv, "),
+        (["--quant", "Q3_K"], "'Q3_K' is none of Q4_0, "),
+        (["--rounds", "0"], "'0' is not a whole number from 1"),
+        (["--dtype", "int8"], "invalid choice: 'int8'"),
+    ],
+)
+def test_bad_options_are_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        ops_speed.main(arguments)
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_k_stands_for_1024() -> None:
+    assert script.listed(script.whole(0))("0,512,4k,128K") == [0, 512, 4096, 131072]
+
+
+def test_a_cache_that_memory_has_no_room_for_is_refused() -> None:
+    small = subject.open_subject(Namespace(model=None, synthetic=None, layers=None, mix="q4_0"))
+    tight = type(small)(**{**vars(small), "room": 6 * 160 * 4 * 2000})
+    depths, notes = decode.usable_depths(tight, None, 37)
+    assert depths == [0, 512]
+    assert "the model's context ends at" in decode.usable_depths(small, None, 37)[1][0]
+    assert len(notes) == 1
+    with pytest.raises(InputError, match=r"cannot measure depth 1,900 and more: .* of memory are left for a cache"):
+        decode.usable_depths(tight, [0, 1900], 37)
+
+
+def test_paths_that_give_other_tokens_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [decode.Run(7, path, "prefill", tokens=ids) for path, ids in (("kernels", [1, 2, 3]), ("twins", [1, 2, 4]))]
+    assert list(decode.agreement(runs)) == ["depth 7: kernels and twins give the same first 2 of 3 tokens"]
+
+
+def test_primitives_of_a_graph_are_counted() -> None:
+    x = mx.ones((4, 4))
+    mx.eval(x)
+    y = (x @ x + 1).reshape(16)
+    found = launches.primitives(y)
+    assert found == {"Matmul": 1, "Add": 1, "Reshape": 1, "Broadcast": 1}
+    assert launches.launches(found) == 2
+
+
+def test_conditions_can_be_written_and_read(quick: None) -> None:
+    found = conditions.conditions()
+    assert json.loads(json.dumps(found, allow_nan=False))["copy"]["gb_s"] == found["copy"]["gb_s"]
+    assert len(conditions.describe(found)) == 3
+    assert found["copy"]["gb_s"] > 0.1
