@@ -1,12 +1,22 @@
-// ---- pairs of values, two to a lane ------------------------------------------------------------------------------
+// ---- pairs of values, two to a lane: as they stand in memory, and as float -----------------------------------------
 inline float2 load_pair(const device float* values, uint pair) {
   return ((const device float2*)values)[pair];
 }
 
 template <class T>
-inline float2 load_pair(const device T* values, uint pair) {
+inline uint load_pair(const device T* values, uint pair) {
+  return ((const device uint*)values)[pair];
+}
+
+template <class T>
+inline float2 as_float(float2 pair) {
+  return pair;
+}
+
+template <class T>
+inline float2 as_float(uint pair) {
   float out[2];
-  put_pair(((const device uint*)values)[pair], T(0.0f), out);
+  put_pair(pair, T(0.0f), out);
   return float2(out[0], out[1]);
 }
 

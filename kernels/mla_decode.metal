@@ -1,14 +1,16 @@
 // Grid: splits of the context, groups of HEADS_AT_ONCE heads, queries. A threadgroup goes through the rows of its split
-// for its heads and one query; each of its simdgroups takes every SIMDGROUPS-th row. A lane holds dimensions 2 lane,
-// 2 lane + 1 of every 64: of the queries, of the row (loaded once, as key and as value), and of the sums.
+// for its heads and one query; its simdgroups take ROWS_AT_ONCE rows in turn. A lane holds dimensions 2 lane and
+// 2 lane + 1 of every 64: of the queries, of the rows (loaded once, as key and as value), and of the sums.
 //
 // Softmax is taken on the way: `largest` is the largest score so far, in units of log2(e), and what was summed before is
-// scaled down when it grows.
+// scaled down when it grows. A lane knows the score of one head and one row, and the state of that head.
 threadgroup float shared_sums[(SIMDGROUPS + 1) / 2 * HEADS_AT_ONCE * LATENT];
 threadgroup float shared_state[(SIMDGROUPS + 1) / 2 * HEADS_AT_ONCE * 2];
 constexpr int PAIRS = (LATENT + ROPE + 63) / 64;
 constexpr int VALUES = (LATENT + 63) / 64;
+constexpr int SCORES = HEADS_AT_ONCE * ROWS_AT_ONCE;
 constexpr int SHARE = 32 / HEADS_AT_ONCE;  // lanes that hold the state of one head
+constexpr int SCORE_SHARE = 32 / SCORES;   // lanes that hold one score
 const uint lane = thread_index_in_simdgroup;
 const uint simdgroup = simdgroup_index_in_threadgroup;
 const uint split = threadgroup_position_in_grid.x;
@@ -29,9 +31,9 @@ for (int h = 0; h < HEADS_AT_ONCE; ++h) {
     const uint pair = uint(p) * 32 + lane;
     float2 value = float2(0.0f, 0.0f);
     if (pair < uint(LATENT / 2)) {
-      value = load_pair(q_latent + at * uint(LATENT), pair);
+      value = as_float<T>(load_pair(q_latent + at * uint(LATENT), pair));
     } else if (pair < uint((LATENT + ROPE) / 2)) {
-      value = load_pair(q_pe + at * uint(ROPE), pair - uint(LATENT / 2));
+      value = as_float<T>(load_pair(q_pe + at * uint(ROPE), pair - uint(LATENT / 2)));
     }
     q[h][p] = value * float(SCALE);
   }
@@ -43,30 +45,53 @@ for (int h = 0; h < HEADS_AT_ONCE; ++h) {
 float largest = -INFINITY;
 float total = 0.0f;
 
-for (uint row = split * rows_of_split + simdgroup; row < end; row += uint(SIMDGROUPS)) {
-  const auto values = cache + size_t(row) * size_t(LATENT + ROPE);
-  float2 x[PAIRS];
+for (uint first = split * rows_of_split + simdgroup * uint(ROWS_AT_ONCE); first < end;
+     first += uint(SIMDGROUPS * ROWS_AT_ONCE)) {
+  decltype(load_pair(cache, 0)) raw[ROWS_AT_ONCE][PAIRS];
 #pragma unroll
-  for (int p = 0; p < PAIRS; ++p) {
-    const uint pair = uint(p) * 32 + lane;
-    x[p] = (LATENT + ROPE) % 64 == 0 || pair < uint((LATENT + ROPE) / 2) ? load_pair(values, pair) : float2(0.0f, 0.0f);
-  }
-  float scores[HEADS_AT_ONCE];
-#pragma unroll
-  for (int h = 0; h < HEADS_AT_ONCE; ++h) {
-    float score = 0.0f;
+  for (int r = 0; r < ROWS_AT_ONCE; ++r) {
+    const auto row = cache + size_t(min(first + uint(r), end - 1)) * size_t(LATENT + ROPE);
 #pragma unroll
     for (int p = 0; p < PAIRS; ++p) {
-      score = fma(q[h][p].x, x[p].x, score);
-      score = fma(q[h][p].y, x[p].y, score);
+      // Lanes past the last dimension read it again: their part of q is 0, and their sums are not written.
+      const uint pair = uint(p) * 32 + lane;
+      raw[r][p] = load_pair(row, (LATENT + ROPE) % 64 == 0 ? pair : min(pair, uint((LATENT + ROPE) / 2 - 1)));
     }
-    scores[h] = score;
   }
-  const float score = sums_by_lane<HEADS_AT_ONCE>(scores, lane);
-  const float larger = max(largest, score);
+  LOADS_END
+  float scores[SCORES];
+#pragma unroll
+  for (int r = 0; r < ROWS_AT_ONCE; ++r) {
+#pragma unroll
+    for (int h = 0; h < HEADS_AT_ONCE; ++h) {
+      scores[h * ROWS_AT_ONCE + r] = 0.0f;
+    }
+#pragma unroll
+    for (int p = 0; p < PAIRS; ++p) {
+      const float2 x = as_float<T>(raw[r][p]);
+#pragma unroll
+      for (int h = 0; h < HEADS_AT_ONCE; ++h) {
+        const float score = fma(q[h][p].x, x.x, scores[h * ROWS_AT_ONCE + r]);
+        scores[h * ROWS_AT_ONCE + r] = fma(q[h][p].y, x.y, score);
+      }
+    }
+  }
+  const float sum = sums_by_lane<SCORES>(scores, lane);
+  const uint row = first + lane / uint(SCORE_SHARE) % uint(ROWS_AT_ONCE);
+  const float score = row < end ? sum : -INFINITY;
+  float larger = max(largest, score);
+#pragma unroll
+  for (int step = SCORE_SHARE; step < SHARE; step *= 2) {
+    larger = max(larger, simd_shuffle_xor(larger, ushort(step)));
+  }
   const float weight = exp2(score - larger);
+  float weights = weight;
+#pragma unroll
+  for (int step = SCORE_SHARE; step < SHARE; step *= 2) {
+    weights += simd_shuffle_xor(weights, ushort(step));
+  }
   const float shrink = exp2(largest - larger);
-  if (simd_any(score > largest)) {
+  if (simd_any(larger > largest)) {
 #pragma unroll
     for (int h = 0; h < HEADS_AT_ONCE; ++h) {
       const float factor = simd_shuffle(shrink, ushort(h * SHARE));
@@ -76,15 +101,23 @@ for (uint row = split * rows_of_split + simdgroup; row < end; row += uint(SIMDGR
       }
     }
   }
-  total = fma(total, shrink, weight);
+  total = fma(total, shrink, weights);
   largest = larger;
 #pragma unroll
-  for (int h = 0; h < HEADS_AT_ONCE; ++h) {
-    const float share = simd_shuffle(weight, ushort(h * SHARE));
+  for (int r = 0; r < ROWS_AT_ONCE; ++r) {
+    float2 x[VALUES];
 #pragma unroll
     for (int p = 0; p < VALUES; ++p) {
-      sums[h][p].x = fma(share, x[p].x, sums[h][p].x);
-      sums[h][p].y = fma(share, x[p].y, sums[h][p].y);
+      x[p] = as_float<T>(raw[r][p]);
+    }
+#pragma unroll
+    for (int h = 0; h < HEADS_AT_ONCE; ++h) {
+      const float share = simd_shuffle(weight, ushort((h * ROWS_AT_ONCE + r) * SCORE_SHARE));
+#pragma unroll
+      for (int p = 0; p < VALUES; ++p) {
+        sums[h][p].x = fma(share, x[p].x, sums[h][p].x);
+        sums[h][p].y = fma(share, x[p].y, sums[h][p].y);
+      }
     }
   }
 }

@@ -24,6 +24,7 @@ import mlx.core as mx
 from kernels import launcher
 
 HEADS_AT_ONCE, SIMDGROUPS = 4, 4  # heads of a threadgroup, simdgroups of a threadgroup
+ROWS_AT_ONCE = 4  # rows that a lane loads in one go
 ROWS_OF_SPLIT, MAX_SPLITS = 32, 64  # rows that are worth a threadgroup of their own; splits that are worth combining
 COMBINE_THREADS = 128
 
@@ -78,11 +79,13 @@ def _launches(
             "state": ((heads, length, splits, 2), mx.float32),
         },
         template={
+            "T": dtype,
             "HEADS": heads,
             "QUERIES": length,
             "LATENT": latent_dim,
             "ROPE": rope_dim,
             "HEADS_AT_ONCE": HEADS_AT_ONCE,
+            "ROWS_AT_ONCE": ROWS_AT_ONCE,
             "SIMDGROUPS": SIMDGROUPS,
         },
         # Powers of 2 are one instruction, powers of e two.
