@@ -8,7 +8,7 @@ examples:
 
 Greedy, through the same engine as `generate`; prompts are seeded random token ids. The first tokens after a prompt are
 warm-up: shown, but in no median. A depth is the number of tokens before the first decoded one (0: a prompt of one).
-"read/token" is what the launched code reads: the chosen experts, one row of the embedding, all other weights and the
+"read a token" is what the launched code reads: the chosen experts, one row of the embedding, all other weights and the
 rows of the cache; "of copy" is the share of what a copy on this device moves. Without --fill, the context is a real
 prompt up to 4,096 tokens (512 on a CPU) and random rows in the cache beyond, which decode at the same speed.
 """
@@ -44,8 +44,8 @@ DEPTHS = (0, 512, 4096, 16_384, 32_768, 65_536, 131_072)
 WARM_UP = 5  # tokens
 PATHS: dict[str, Callable[[], AbstractContextManager[None]]] = {"kernels": nullcontext, "twins": launcher.avoiding}
 COLUMNS = (
-    "depth", "path", "context by", "first token s", "prefill tok/s", "warm-up ms", "decode ms", "p10-p90", "tok/s",
-    "tokens", "read/token", "GB/s", "of copy", "peak memory",
+    "depth", "path", "context\nby", "first\ntoken s", "prefill\ntok/s", "warm-up\nms", "decode\nms", "p10-p90\nms",
+    "decode\ntok/s", "read a\ntoken", "\nGB/s", "of\ncopy", "peak\nmemory",
 )  # fmt: skip
 
 
@@ -92,6 +92,8 @@ def main(argv: list[str] | None = None) -> int:
 
     runs = [run for run in runs if run.decode]
     notes += agreement(runs)
+    if any(run.fill == "random" for run in runs):
+        notes.append("context by random: no prompt was read, rows drawn at random stand in the cache")
     if interrupted:
         notes.append("interrupted: this is what was measured until then")
     rows = list(_rows(subject, runs, found["copy"]["gb_s"]))
@@ -269,20 +271,19 @@ def _print(
         table.add_row(
             f"{row['depth']:,}",
             row["path"],
-            {"prefill": "prompt", "random": "random rows"}[row["fill"]],
+            {"prefill": "prompt", "random": "random"}[row["fill"]],
             f"{first['median']:.3f}" if first else "-",
             f"{prefill['median']:,.0f}" if prefill else "-",
             f"{1e3 * warm[0]:.1f} .. {1e3 * warm[-1]:.1f}",
             f"{1e3 * decode['median']:.2f}",
             f"{1e3 * decode['p10']:.2f}-{1e3 * decode['p90']:.2f}",
             f"{1 / decode['median']:.1f}",
-            f"{decode['count']}",
             decimal(round(row["bytes_a_token"])),
             f"{row['gb_s']['median']:.3g}",
             f"{row['of_copy']:.1%}",
             decimal(row["peak_memory"]),
         )
-    script.show(lines, table, notes)
+    script.show(lines, [table], notes)
 
 
 if __name__ == "__main__":

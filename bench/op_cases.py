@@ -177,11 +177,11 @@ def qmv_cases(quant: str, dtype: mx.Dtype, sizes: Sizes) -> Iterator[Case]:
     """The model's matrices as it launches them, several of one input together."""
     hidden, heads, q_rank, width = CFG.hidden_size, CFG.num_heads, CFG.q_lora_rank or 0, CFG.intermediate_size
     for matrices in (
-        _Matrices("q_a_proj, kv_a_proj", hidden, (q_rank, CFG.cache_dim), norm=True),
-        _Matrices("q_b_proj", q_rank, (heads * CFG.qk_head_dim,), norm=True),
-        _Matrices("o_proj", heads * CFG.v_head_dim, (hidden,), residual=True),
-        _Matrices("dense gate_proj, up_proj", hidden, (width, width), norm=True),
-        _Matrices("dense down_proj", width, (hidden,), residual=True),
+        _Matrices("q_a, kv_a", hidden, (q_rank, CFG.cache_dim), norm=True),
+        _Matrices("q_b", q_rank, (heads * CFG.qk_head_dim,), norm=True),
+        _Matrices("o", heads * CFG.v_head_dim, (hidden,), residual=True),
+        _Matrices("dense gate, up", hidden, (width, width), norm=True),
+        _Matrices("dense down", width, (hidden,), residual=True),
         _Matrices("lm_head", hidden, (sizes.vocab_size,), norm=True),
     ):
         if fits(quant, matrices.cols):
@@ -190,7 +190,7 @@ def qmv_cases(quant: str, dtype: mx.Dtype, sizes: Sizes) -> Iterator[Case]:
 
 def router_cases(quant: str, dtype: mx.Dtype, sizes: Sizes) -> Iterator[Case]:
     """The router's matrix, which is float32 in every file."""
-    yield _qmv_case(_Matrices("mlp.gate", CFG.hidden_size, (CFG.num_experts,)), "F32", mx.float32, sizes)
+    yield _qmv_case(_Matrices("router", CFG.hidden_size, (CFG.num_experts,)), "F32", mx.float32, sizes)
 
 
 def _qmv_case(matrices: _Matrices, quant: str, dtype: mx.Dtype, sizes: Sizes) -> Case:
@@ -424,10 +424,10 @@ def _mla_decode_case(context: int, dtype: mx.Dtype, sizes: Sizes) -> Case:
 
 OPS: dict[str, Callable[[str, mx.Dtype, Sizes], Iterator[Case]]] = {
     "qmv": qmv_cases,
+    "router": router_cases,
     "head_qmv": head_qmv_cases,
     "experts_gate_up": gate_up_cases,
     "experts_down": down_cases,
-    "router": router_cases,
     "route": route_cases,
     "mla_decode": mla_decode_cases,
 }

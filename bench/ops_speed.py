@@ -4,10 +4,10 @@ examples:
   python bench/ops_speed.py
   python bench/ops_speed.py --op experts_gate_up,experts_down --quant Q4_0,Q4_K --dtype bfloat16
 
-Launches wait for one another, as in decode ("µs"), or not ("independent"). Weights, chosen experts and caches rotate,
-so that no cache holds them. The contestants take turns; a wrong result is not timed. GB/s counts each byte once that a
-launch must read or write; "of copy" is its share of what a copy on this device moves. On a CPU there are no kernels,
-and fewer experts, tokens of the vocabulary and rounds.
+Launches wait for one another, as in decode ("chain"), or not ("independent"). Weights, chosen experts and caches
+rotate, so that no cache holds them. The contestants take turns; a wrong result is not timed. GB/s counts each byte once
+that a launch must read or write; "of copy" is its share of what a copy on this device moves. On a CPU there are no
+kernels, and fewer experts, tokens of the vocabulary and rounds.
 """
 
 import sys
@@ -28,7 +28,10 @@ from glm_mlx.model import activation_dtype
 from kernels.planes import QUANT_TYPES
 
 DTYPES = {script.dtype_name(dtype): dtype for dtype in (mx.float32, mx.bfloat16, mx.float16)}
-COLUMNS = ("by", "first ms", "µs", "p10-p90", "GB/s", "of copy", "GFLOP/s", "against twin", "independent", "error")
+COLUMNS = (
+    "shape", "type", "by", "first\nms", "chain\nµs", "p10-p90\nµs", "\nGB/s", "of\ncopy", "\nGFLOP/s", "against\ntwin",
+    "independent\nµs",
+)  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -87,20 +90,22 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _print(lines: list[str], rows: list[Row], copy_gb_s: float, notes: list[str]) -> None:
-    table = script.table("speed of the ops", ("op", "shape", "type", *COLUMNS), words=4)
     twins = {id(row.case): summarize(row.chain).median for row in rows if row.by == "twin" and row.chain}
+    tables = []
     last = None
     for row in rows:
         case = row.case
-        name = (case.op, case.what, case.quant) if case is not last else ("", "", "")
+        if last is None or case.op != last.op:
+            tables.append(script.table(case.op, COLUMNS, words=3))
+        name = (case.what, case.quant) if case is not last else ("", "")
         last = case
         if row.problem:
-            table.add_row(*name, row.by)
+            tables[-1].add_row(*name, row.by)
             notes.append(f"{case.op}, {case.what}, {case.quant}, by {row.by}: {row.problem}")
             continue
         chain, independent = summarize(row.chain), summarize(row.independent)
         gb_s = row.nbytes / chain.median / 1e9
-        table.add_row(
+        tables[-1].add_row(
             *name,
             row.by,
             f"{1e3 * (row.first or 0):.1f}",
@@ -111,9 +116,8 @@ def _print(lines: list[str], rows: list[Row], copy_gb_s: float, notes: list[str]
             f"{case.flops / chain.median / 1e9:.1f}" if case.flops else "-",
             f"{twins[id(case)] / chain.median:.2f} x" if id(case) in twins else "-",
             f"{1e6 * independent.median:.2f}",
-            f"{row.error:.1e}",
         )
-    script.show(lines, table, notes)
+    script.show(lines, tables, notes)
 
 
 def _as_json(row: Row) -> dict[str, Any]:

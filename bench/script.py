@@ -13,11 +13,13 @@ from typing import Any, NoReturn
 import mlx.core as mx
 from rich import box
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from glm_mlx.errors import InputError
 from glm_mlx.gguf import shown
 
+WIDE = Console(width=1000).options
 NOTES = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
 
 
@@ -97,7 +99,7 @@ def write_json(path: Path, report: dict[str, Any]) -> None:
 
 
 def table(title: str, columns: Sequence[str], words: int = 1) -> Table:
-    """An empty table whose first `words` columns hold words, the others numbers."""
+    """An empty table whose first `words` columns hold words, the others numbers. Names may have several lines."""
     made = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD if sys.stdout.isatty() else None)
     made.pad_edge = False
     for i, name in enumerate(columns):
@@ -105,13 +107,17 @@ def table(title: str, columns: Sequence[str], words: int = 1) -> Table:
     return made
 
 
-def show(lines: Sequence[str], filled: Table, notes: Sequence[str] = ()) -> None:
-    """Lines, a table and notes on standard output: within the width of a terminal, plain and whole in a pipe."""
-    console = Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else 1000)
+def show(lines: Sequence[str], tables: Sequence[Table], notes: Sequence[str] = ()) -> None:
+    """Lines, tables and notes on standard output, plain in a pipe. No number is cut off: a terminal may wrap a row."""
+    console = Console(highlight=False, emoji=False)
+    console.width = max(console.width, *(Measurement.get(console, WIDE, made).maximum for made in tables), 80)
     for line in lines:
         console.print(line, soft_wrap=True, markup=False)
-    console.print()
-    console.print(filled)
+    for made in tables:
+        console.print()
+        console.print(made)
+    if notes:
+        console.print()
     for note in notes:
         console.print(note, soft_wrap=True, markup=False)
 

@@ -83,7 +83,9 @@ def test_a_random_context_is_not_read_but_counts(tmp_path: Path, monkeypatch: py
     path = tmp_path / "out.json"
     arguments = ["--depths", "300", "--count", "2", "--rounds", "1", "--fill", "random", "--json", str(path)]
     assert decode.main(arguments) == 0
-    (run,) = json.loads(path.read_text())["runs"]
+    report = json.loads(path.read_text())
+    assert report["notes"] == ["context by random: no prompt was read, rows drawn at random stand in the cache"]
+    (run,) = report["runs"]
     assert run["fill"] == "random"
     assert run["prefill_tok_s"] is None
     assert run["time_to_first_token"] is None
@@ -246,6 +248,14 @@ def test_a_cache_that_memory_has_no_room_for_is_refused() -> None:
 def test_paths_that_give_other_tokens_are_told(capsys: pytest.CaptureFixture[str]) -> None:
     runs = [decode.Run(7, path, "prefill", tokens=ids) for path, ids in (("kernels", [1, 2, 3]), ("twins", [1, 2, 4]))]
     assert list(decode.agreement(runs)) == ["depth 7: kernels and twins give the same first 2 of 3 tokens"]
+
+
+def test_a_table_is_never_cut_off(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "20")
+    made = script.table("title", ["word", "number\nMB"])
+    made.add_row("a" * 150, "1234567.89")
+    script.show(["line " * 50], [made], ["note"])
+    assert "a" * 150 + "  1234567.89" in capsys.readouterr().out
 
 
 def test_primitives_of_a_graph_are_counted() -> None:
