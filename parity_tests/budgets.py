@@ -28,10 +28,17 @@ BUDGETS = {
     "embed, 16-bit": Budget(2**-8, "one rounding to bfloat16"),
     "layer taps, 16-bit": Budget(4e-2, "bfloat16 between ops (2**-8 each), a dozen roundings a layer"),
     "router weights, 16-bit": Budget(4e-2, "from a bfloat16 ffn_norm"),
-    "kernel": Budget(
-        5e-6, "float32 in and out: sums in another order than float64, the device's exp; worst seen 1.4e-6"
-    ),
+    "kernel": Budget(5e-6, "float32 sums in another order than float64, the device's exp; worst seen 2.4e-6"),
     "kernel, 16-bit": Budget(2.0, "its error over that of MLX's own 16-bit operations on the same input (DESIGN.md)"),
+    "weights fetched": Budget(1.02, "128-byte lines that each threadgroup touches, over the weights' own bytes"),
+    "weights fetched, K-quants": Budget(
+        1.1, "two bytes of scale for 256 columns: a line of them serves several threadgroups; worst seen 1.093"
+    ),
+    "weights fetched, narrow": Budget(
+        1.21,
+        "rows of 768 or 1408 columns end within a line, which two threadgroups then touch; worst seen 1.204 (Q4_K)",
+    ),
+    "lines of weights": Budget(1 / 0.9, "lines that the loads touch, over the fewest: coalescing of 90 %"),
     "logits, 16-bit": Budget(4e-2, "final norm and output on the reference's input, bfloat16 between them"),
 }
 

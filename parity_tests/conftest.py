@@ -69,7 +69,7 @@ def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pyte
     if rows:
         table = Table("class", "checks", "worst error", "budget", "where", title="worst error of each class")
         for row in rows:
-            table.add_row(row["class"], str(row["checks"]), f"{row['worst']:.2e}", f"{row['budget']:.0e}", row["where"])
+            table.add_row(row["class"], str(row["checks"]), f"{row['worst']:.3g}", f"{row['budget']:.3g}", row["where"])
         console = Console(width=120)
         with console.capture() as capture:
             console.print(table)

@@ -25,7 +25,7 @@ from kernels import launcher
 from kernels.experts_down import experts_down, experts_down_ops
 from kernels.experts_gate_up import experts_gate_up, experts_gate_up_ops
 from kernels.planes import QUANT_TYPES, Weight, dequantize_ops
-from kernels.qmv import qmv_all, qmv_ops
+from kernels.qmv import Norm, head_qmv, head_qmv_ops, qmv, qmv_all, qmv_ops
 from kernels.route import Gating, route, route_ops
 from parity_tests.budgets import NEAR_TIE, check, check_twice
 from parity_tests.msl import executing
@@ -139,6 +139,11 @@ def expert_weight(kind: str, experts: int, shape: tuple[int, int], seed: int, ch
     return poisoned if isinstance(poisoned, mx.array) else replace(poisoned, shape=(experts, *shape))
 
 
+def random_array(shape: tuple[int, ...], dtype: mx.Dtype, seed: int) -> mx.array:
+    """Normal values, framed."""
+    return framed(mx.array(np.random.default_rng(seed).standard_normal(shape).astype(np.float32)).astype(dtype))
+
+
 def values(w: Weight) -> Exact:
     return float64(dequantize_ops(w))
 
@@ -195,19 +200,20 @@ def verify(case: Case, mode: str = "trace") -> None:
 
 @dataclass(frozen=True)
 class Qmv(Case):
-    """kinds and rows: of each matrix."""
+    """kinds and rows: of each matrix. norm: x is normed first. residual: added to the result, of one matrix only."""
 
     kinds: tuple[str, ...]
     rows: tuple[int, ...]
     cols: int
+    norm: bool = False
+    residual: bool = False
     tokens: int = 1
     dtype: mx.Dtype = mx.float32
     op: ClassVar[str] = "qmv"
 
     @cached_property
     def x(self) -> mx.array:
-        x = np.random.default_rng(self.cols + self.tokens).standard_normal((self.tokens, self.cols))
-        return framed(mx.array(x.astype(np.float32)).astype(self.dtype))
+        return random_array((self.tokens, self.cols), self.dtype, seed=0)
 
     @cached_property
     def weights(self) -> list[Weight]:
@@ -216,15 +222,62 @@ class Qmv(Case):
             for i, (kind, rows) in enumerate(zip(self.kinds, self.rows, strict=True))
         ]
 
+    @cached_property
+    def extra(self) -> tuple[Norm | None, mx.array | None]:
+        """The norm, with gains about 1, and the residual."""
+        gains = np.random.default_rng(1).uniform(0.5, 1.5, self.cols).astype(np.float32)
+        norm = Norm(framed(mx.array(gains)), 1e-5) if self.norm else None
+        return norm, random_array((self.tokens, self.rows[0]), self.dtype, seed=2) if self.residual else None
+
     def kernel(self) -> Sequence[mx.array]:
-        return qmv_all(self.x, self.weights)
+        norm, residual = self.extra
+        if residual is not None:
+            return [qmv(self.x, self.weights[0], norm, residual)]
+        return qmv_all(self.x, self.weights, norm)
 
     def twin(self) -> Sequence[mx.array]:
-        return [qmv_ops(self.x, w) for w in self.weights]
+        norm, residual = self.extra
+        x = self.x if norm is None else norm(self.x)
+        results = [qmv_ops(x, w) for w in self.weights]
+        return results if residual is None else [residual + y for y in results]
 
     @cached_property
     def exact(self) -> list[Exact]:
-        return [float64(self.x) @ values(w).T for w in self.weights]
+        norm, residual = self.extra
+        x = float64(self.x)
+        if norm is not None:
+            x = x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + norm.eps) * float64(norm.weight)
+        results = [x @ values(w).T for w in self.weights]
+        return results if residual is None else [y + float64(residual) for y in results]
+
+
+@dataclass(frozen=True)
+class HeadQmv(Case):
+    """Every head its own matrix of `rows` by `cols`."""
+
+    kind: str
+    heads: int
+    rows: int
+    cols: int
+    tokens: int = 1
+    dtype: mx.Dtype = mx.float32
+    op: ClassVar[str] = "qmv"
+
+    @cached_property
+    def inputs(self) -> tuple[mx.array, Weight]:
+        x = random_array((self.heads, self.tokens, self.cols), self.dtype, seed=0)
+        return x[None], each_plane(random_weight(self.kind, (self.heads, self.rows, self.cols), 1), framed)
+
+    def kernel(self) -> Sequence[mx.array]:
+        return [head_qmv(*self.inputs)]
+
+    def twin(self) -> Sequence[mx.array]:
+        return [head_qmv_ops(*self.inputs)]
+
+    @cached_property
+    def exact(self) -> list[Exact]:
+        x, w = self.inputs
+        return [np.einsum("bhtc,hrc->bhtr", float64(x), values(w))]
 
 
 @dataclass(frozen=True)
@@ -268,10 +321,6 @@ class Experts(Case):
             return mx.array(ids)
         return mx.array(self.chosen.astype(np.uint32))
 
-    def random(self, shape: tuple[int, ...], seed: int) -> mx.array:
-        x = np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
-        return framed(mx.array(x).astype(self.dtype))
-
     def routed(self, kind: str, rows: int, cols: int, seed: int) -> Weight:
         return expert_weight(kind, self.experts, (rows, cols), seed, np.unique(self.chosen))
 
@@ -298,7 +347,7 @@ class GateUp(Experts):
         ]
         gate = self.routed(self.kind, self.width, self.cols, 0)
         up = self.routed(self.up_kind or self.kind, self.width, self.cols, 1)
-        return self.random((self.tokens, self.cols), 4), gate, up, *shared
+        return random_array((self.tokens, self.cols), self.dtype, 4), gate, up, *shared
 
     def call(self, op: Callable[..., Any], ids: mx.array) -> Sequence[mx.array | None]:
         x, gate, up, *shared = self.inputs
@@ -336,12 +385,12 @@ class Down(Experts):
         if self.shared:
             shared = each_plane(random_weight(self.shared, (self.cols, self.shared_width), 3), framed)
         return (
-            self.random((self.tokens, self.top_k, self.width), 6),
-            self.random((self.tokens, self.shared_width), 7) if self.shared else None,
+            random_array((self.tokens, self.top_k, self.width), self.dtype, 6),
+            random_array((self.tokens, self.shared_width), self.dtype, 7) if self.shared else None,
             self.routed(self.kind, self.cols, self.width, 2),
             shared,
             framed(weights),
-            self.random((self.tokens, self.cols), 8) if self.residual else None,
+            random_array((self.tokens, self.cols), self.dtype, 8) if self.residual else None,
         )
 
     def call(self, op: Callable[..., Any], ids: mx.array) -> Sequence[mx.array]:

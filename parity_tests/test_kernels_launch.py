@@ -1,5 +1,6 @@
 """When a kernel is launched, when its twin does the work, and what is refused before any launch."""
 
+import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,7 +13,20 @@ from kernels.experts_down import experts_down
 from kernels.experts_gate_up import experts_gate_up
 from kernels.qmv import qmv, qmv_all
 from kernels.route import route
-from parity_tests.kernel_cases import Case, Down, GateUp, Qmv, Route, bits, counting, on_gpu, random_weight, run
+from parity_tests.kernel_cases import (
+    Case,
+    Down,
+    GateUp,
+    HeadQmv,
+    Qmv,
+    Route,
+    bits,
+    counting,
+    on_gpu,
+    random_weight,
+    run,
+    verify,
+)
 
 TOO_MANY = launcher.MAX_TOKENS + 1
 CASES: dict[str, Case] = {
@@ -60,6 +74,31 @@ def test_nothing_is_launched_on_a_cpu(op: str) -> None:
     finally:
         mx.set_default_device(before)
     assert launches == []
+
+
+SHAPES: list[tuple[Case, dict[str, int]]] = [
+    (Qmv(("Q5_0", "Q6_K"), (17, 3), 1280, True, tokens=2), {"ROWS": 1, "SIMDGROUPS": 1, "DEPTH": 1}),
+    (Qmv(("Q5_1", "F16"), (29, 9), 224, tokens=3), {"ROWS": 3, "SIMDGROUPS": 2, "DEPTH": 2}),
+    (HeadQmv("Q8_0", 3, 35, 480, tokens=2), {"ROWS": 4, "SIMDGROUPS": 8, "DEPTH": 4}),
+    (GateUp("Q4_K", 4, 2, 23, 768, "Q5_0", 25), {"ROWS": 2, "SIMDGROUPS": 2, "DEPTH": 1}),
+    (GateUp("Q8_0", 4, 2, 45, 1408, "F32", 90), {"ROWS": 4, "SIMDGROUPS": 8, "DEPTH": 5}),
+    (Down("Q4_1", 6, 4, 96, 17, "Q4_0", 96), {"ROWS": 1, "MAX_SIMDGROUPS": 3, "DEPTH": 1}),
+    (Down("Q8_0", 6, 5, 1408, 17, "Q5_0", 2816), {"ROWS": 8, "MAX_SIMDGROUPS": 16, "DEPTH": 3}),
+    (Down("Q6_K", 9, 8, 768, 16, "Q4_K", 1536), {"ROWS": 3, "MAX_SIMDGROUPS": 32, "DEPTH": 2}),
+]
+
+
+@pytest.mark.parametrize(("case", "shape"), SHAPES, ids=str)
+def test_any_launch_shape_computes_the_same(case: Case, shape: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those in use are settled by speed, so the text must be right for others."""
+    op = importlib.import_module(f"kernels.{case.op}")
+    for name, value in shape.items():
+        monkeypatch.setattr(op, name, value)
+    op._launch.cache_clear()
+    try:
+        verify(case)
+    finally:
+        op._launch.cache_clear()
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

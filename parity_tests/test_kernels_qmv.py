@@ -13,6 +13,8 @@ from parity_tests.budgets import BUDGETS, record
 from parity_tests.kernel_cases import (
     DTYPES,
     KINDS,
+    Case,
+    HeadQmv,
     Qmv,
     about,
     bits,
@@ -25,45 +27,58 @@ from parity_tests.kernel_cases import (
 )
 from parity_tests.test_quants import HALVES, SCALES_AT
 
-ABOUT = about(ROWS * SIMDGROUPS)
+ABOUT = about(4 * ROWS * SIMDGROUPS)  # a simdgroup takes ROWS, or 2 or 4 times as many where rows are short
 EDGES = (ABOUT - 1, ABOUT, ABOUT + 1)
-# A lane takes 8 columns a turn, a simdgroup 256, and up to DEPTH turns before it goes round again: all from 2304 on
-# take more than one round.
+# A lane takes 8 columns a turn. Up to 32 lanes share a row, as its length and type say, and a lane takes up to DEPTH
+# turns before it goes round again: rows of 2304 and more take more than one round.
 COLS = {
-    1: (8, 40, 248, 256, 264, 1000, 2504, 4096),
-    GROUP: (32, 96, 224, 256, 288, 1408, 2528, 4096),
+    1: (8, 40, 248, 256, 504, 512, 1000, 2504, 4096),
+    GROUP: (32, 96, 224, 256, 480, 512, 1408, 2528, 4096),
     SUPER: (256, 512, 768, 1280, 2304, 4096),
 }
 EVERY = [
-    Qmv((kind,) * 3, EDGES, cols, tokens=1 + (3 * i + j) % 8, dtype=DTYPES[(i + j) % 3])
+    Qmv((kind,) * 3, EDGES, cols, norm=bool(i % 2), tokens=1 + (3 * i + j) % 8, dtype=DTYPES[(i + j) % 3])
     for j, kind in enumerate(KINDS)
     for i, cols in enumerate(COLS[block(kind)])
 ]
+RESIDUAL = [
+    Qmv((kind,), (EDGES[j % 3],), cols, bool(i % 2), True, tokens=1 + (5 * i + j) % 8, dtype=DTYPES[(i + j + 1) % 3])
+    for j, kind in enumerate(KINDS)
+    for i, cols in enumerate(COLS[block(kind)][3:5])
+]
+HEADS = [
+    HeadQmv(kind, 3, EDGES[j % 3], cols, tokens=1 + (2 * i + j) % 8, dtype=DTYPES[(i + j) % 3])
+    for j, kind in enumerate(KINDS)
+    for i, cols in enumerate(COLS[block(kind)][1:3])
+]
 MIXED = [
     Qmv(("Q4_0", "Q8_0"), (ABOUT + 3, ABOUT - 3), 2048, dtype=mx.bfloat16),
-    Qmv(("Q4_K", "Q5_0", "Q6_K"), (17, 3, 18), 768, tokens=2),
+    Qmv(("Q4_K", "Q5_0", "Q6_K"), (17, 3, 18), 768, norm=True, tokens=2),
+    Qmv(("Q4_0", "Q4_K"), (17, 8), 256, tokens=4),  # as many lanes to a row as the second needs
     Qmv(("F32", "BF16", "IQ4_NL", "Q5_1"), (9, 1, 16, 7), 288, tokens=5, dtype=mx.float16),
     *(Qmv((kind,), (1,), 2304, tokens=3) for kind in KINDS),
 ]
-REAL = [
-    Qmv(("Q4_0", "Q4_0"), (768, 576), 2048, dtype=mx.bfloat16),  # q_a, kv_a
-    Qmv(("Q4_K", "Q8_0"), (768, 576), 2048, dtype=mx.float16),
-    Qmv(("Q4_0",), (5120,), 768, tokens=8),  # q_b
-    Qmv(("Q4_0",), (2048,), 5120, tokens=2, dtype=mx.bfloat16),  # output projection
-    Qmv(("Q4_0", "Q4_0"), (10240, 10240), 2048),  # gate and up of the dense layer
-    Qmv(("Q4_1",), (2048,), 10240, dtype=mx.bfloat16),  # its down
+REAL: list[Case] = [
+    Qmv(("Q4_0", "Q4_0"), (768, 576), 2048, norm=True, dtype=mx.bfloat16),  # q_a, kv_a
+    Qmv(("Q4_K", "Q8_0"), (768, 576), 2048, norm=True, dtype=mx.float16),
+    Qmv(("Q4_0",), (5120,), 768, norm=True, tokens=8),  # q_b
+    HeadQmv("Q5_0", 20, 512, 192, dtype=mx.bfloat16),  # k_b
+    HeadQmv("Q8_0", 20, 256, 512, tokens=2),  # v_b
+    Qmv(("Q4_0",), (2048,), 5120, residual=True, tokens=2, dtype=mx.bfloat16),  # output projection
+    Qmv(("Q4_0", "Q4_0"), (10240, 10240), 2048, norm=True),  # gate and up of the dense layer
+    Qmv(("Q4_1",), (2048,), 10240, residual=True, dtype=mx.bfloat16),  # its down
     Qmv(("F32",), (64,), 2048),  # router
-    Qmv(("Q6_K",), (15488,), 2048, dtype=mx.bfloat16),  # a tenth of the head
+    Qmv(("Q6_K",), (15488,), 2048, norm=True, dtype=mx.bfloat16),  # a tenth of the head
 ]
 
 
-@pytest.mark.parametrize("case", [*EVERY, *MIXED], ids=str)
-def test_agrees_with_float64(case: Qmv) -> None:
+@pytest.mark.parametrize("case", [*EVERY, *RESIDUAL, *HEADS, *MIXED], ids=str)
+def test_agrees_with_float64(case: Case) -> None:
     verify(case)
 
 
 @pytest.mark.parametrize("case", REAL, ids=str)
-def test_agrees_with_float64_at_real_shapes(case: Qmv) -> None:
+def test_agrees_with_float64_at_real_shapes(case: Case) -> None:
     verify(case, "fast")
 
 

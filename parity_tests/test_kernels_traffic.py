@@ -1,0 +1,111 @@
+"""What kernels read of their weights: traces at GLM-4.7-Flash's real widths, with fewer rows and experts."""
+
+import re
+from collections.abc import Iterator
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from kernels import launcher
+from kernels.planes import QUANT_TYPES, SUPER, Weight
+from parity_tests.budgets import BUDGETS, record
+from parity_tests.kernel_cases import KINDS, Case, Down, GateUp, Qmv, block, on_gpu
+from parity_tests.msl import BufferTraffic, LaunchReport, executing
+
+ROWS = 64  # whole threadgroups
+GLM = [
+    *(Qmv((kind,), (ROWS,), cols, tokens=8) for kind in KINDS for cols in (2048, 5120)),
+    *(GateUp(kind, 6, 4, ROWS, 2048, kind, ROWS) for kind in KINDS),
+    *(Down(kind, 6, 4, 1536, ROWS, kind, 1536) for kind in KINDS),
+    GateUp("Q4_0", 6, 4, ROWS, 2048, "Q5_K", ROWS, tokens=3, dtype=mx.bfloat16),
+    Down("Q4_1", 6, 4, 1536, ROWS, "Q6_K", 1536, tokens=3, dtype=mx.bfloat16),
+]
+NARROW = [
+    *(Qmv((kind,), (ROWS,), 768) for kind in KINDS),  # q_b
+    *(Down(kind, 6, 6, 1408, ROWS, kind, 2816) for kind in KINDS if block(kind) != SUPER),  # DeepSeek-V2-Lite
+]
+
+
+@pytest.fixture(autouse=True)
+def _on_cpu() -> None:
+    if on_gpu():
+        pytest.skip("traffic is counted by the executor")
+
+
+def trace(case: Case) -> LaunchReport:
+    with executing() as reports:
+        mx.eval([y for y in case.kernel() if y is not None])
+    (report,) = reports
+    return report
+
+
+def weights_read(case: Case) -> Iterator[tuple[str, Weight, float, float]]:
+    """Name of a weight in the text, itself, how many times it must be read, and the part of it that is used.
+
+    Experts are read once for each token that chose them.
+    """
+    if isinstance(case, Qmv):
+        yield from ((f"w{i}", w, 1.0, 1.0) for i, w in enumerate(case.weights))
+        return
+    assert isinstance(case, GateUp | Down)
+    _, first, second, third, fourth, *_ = case.inputs
+    if isinstance(case, GateUp):
+        routed, shared = {"gate": first, "up": second}, {"shared_gate": third, "shared_up": fourth}
+    else:
+        routed, shared = {"down": second}, {"shared_down": third}
+    for name, w in routed.items():
+        yield name, w, case.tokens * case.top_k / case.experts, len(np.unique(case.chosen)) / case.experts
+    for name, w in shared.items():
+        yield name, w, case.tokens, 1.0
+
+
+def straddles(kind: str) -> bool:
+    """Whether the loads of neighbouring lanes lie apart.
+
+    Quants of 5 and 6 bits: a lane's 40 or 48 bits are two words, loaded one after the other. F32: 32 bytes are two
+    loads of 16. Each such load touches every line of its stretch, and the second finds it in the cache, so the lines
+    that a threadgroup fetches are what counts.
+    """
+    return kind == "F32" or (kind in QUANT_TYPES and QUANT_TYPES[kind].bits in (5, 6))
+
+
+@pytest.mark.parametrize("case", GLM, ids=str)
+def test_weights_are_fetched_once_in_whole_lines(case: Case) -> None:
+    report = trace(case)
+    for name, w, times, used in weights_read(case):
+        kind, _ = launcher.kind(w)
+        check_fetched("weights fetched" + ", K-quants" * (block(kind) == SUPER), report, name, w, times, str(case))
+        for plane in planes_of(report, name, w):
+            assert plane.unique_read == used * plane.size
+            if not (straddles(kind) and plane.name.endswith(("quants", "values"))):
+                check_ratio("lines of weights", plane.lines / plane.least_lines, f"{plane.name} of {case}")
+
+
+@pytest.mark.parametrize("case", NARROW, ids=str)
+def test_rows_of_part_of_a_line_cost_little_more(case: Case) -> None:
+    report = trace(case)
+    for name, w, times, _ in weights_read(case):
+        check_fetched("weights fetched, narrow", report, name, w, times, str(case))
+
+
+def planes_of(report: LaunchReport, name: str, w: Weight) -> list[BufferTraffic]:
+    planes = [b for b in report.buffers if re.fullmatch(rf"{name}_(quants|scales|mins|sub_scales|values)", b.name)]
+    assert [plane.size for plane in planes] == [plane.nbytes for plane in launcher.planes(w)]
+    return planes
+
+
+def check_fetched(budget: str, report: LaunchReport, name: str, w: Weight, times: float, where: str) -> None:
+    planes = planes_of(report, name, w)
+    least = times * sum(plane.size for plane in planes)
+    check_ratio(budget, sum(plane.fetched for plane in planes) / least, f"{name} of {where}")
+
+
+def check_ratio(budget: str, ratio: float, where: str) -> None:
+    record(budget, ratio, where)
+    assert ratio <= BUDGETS[budget].most, f"{where}: {ratio:.3f} x the least, {BUDGETS[budget].most:g} at most"
+
+
+def test_gate_and_up_share_one_reading_of_x() -> None:
+    case = GateUp("Q4_0", 6, 2, ROWS, 2048, tokens=2)
+    assert trace(case).buffer("x").read <= 2 * 2 * ROWS * 2048 * 4
