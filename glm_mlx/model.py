@@ -22,7 +22,7 @@ from kernels.experts_down import experts_down
 from kernels.experts_gate_up import experts_gate_up, swiglu_ops
 from kernels.mla_decode import mla_decode
 from kernels.planes import Weight
-from kernels.qmv import embed_ops, head_qmv, qmv, qmv_all
+from kernels.qmv import Norm, embed_ops, head_qmv, norm_qmv, qmv, qmv_all
 from kernels.route import route
 
 Tap = Callable[[str, mx.array], None]  # sees named intermediate values; the parity tests' way in
@@ -52,9 +52,8 @@ class Weights:
         assert isinstance(weight, mx.array)
         return weight
 
-
-def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
-    return mx.fast.rms_norm(x, weight, eps).astype(x.dtype)
+    def norm(self, name: str, cfg: Config) -> Norm:
+        return Norm(self.vector(name), cfg.rms_norm_eps)
 
 
 def rope_wavelengths(cfg: Config) -> mx.array:
@@ -75,15 +74,17 @@ def rope_wavelengths(cfg: Config) -> mx.array:
 
 
 class Attention:
-    def __init__(self, cfg: Config, weights: Weights, layer: int):
-        self.cfg, self.layer = cfg, layer
+    """x + attention(norm(x))"""
+
+    def __init__(self, cfg: Config, weights: Weights, layer: int, norm: Norm):
+        self.cfg, self.layer, self.norm = cfg, layer, norm
         self.q_proj = weights.get("q_proj")  # models without q_lora
         if self.q_proj is None:
             self.q_a_proj = weights["q_a_proj"]
-            self.q_a_layernorm = weights.vector("q_a_layernorm")
+            self.q_a_layernorm = weights.norm("q_a_layernorm", cfg)
             self.q_b_proj = weights["q_b_proj"]
         self.kv_a_proj = weights["kv_a_proj"]
-        self.kv_a_layernorm = weights.vector("kv_a_layernorm")
+        self.kv_a_layernorm = weights.norm("kv_a_layernorm", cfg)
         self.k_b = weights["k_b"]  # (H, R, N)
         self.v_b = weights["v_b"]  # (H, V, R)
         self.o_proj = weights["o_proj"]
@@ -92,18 +93,19 @@ class Attention:
     def __call__(self, x: mx.array, cache: LatentCache, tap: Tap = no_tap) -> mx.array:
         cfg = self.cfg
         batch, length, _ = x.shape
+        tap("attn_norm", self.norm(x))
 
         if self.q_proj is not None:
-            q, kv_a = qmv_all(x, (self.q_proj, self.kv_a_proj))
+            q, kv_a = qmv_all(x, (self.q_proj, self.kv_a_proj), self.norm)
         else:
-            q_a, kv_a = qmv_all(x, (self.q_a_proj, self.kv_a_proj))
-            q = qmv(rms_norm(q_a, self.q_a_layernorm, cfg.rms_norm_eps), self.q_b_proj)
+            q_a, kv_a = qmv_all(x, (self.q_a_proj, self.kv_a_proj), self.norm)
+            q = qmv(q_a, self.q_b_proj, self.q_a_layernorm)
         q = q.reshape(batch, length, cfg.num_heads, cfg.qk_head_dim).swapaxes(1, 2)
         q_nope, q_pe = mx.split(q, [cfg.qk_nope_head_dim], axis=-1)  # (B, H, L, N), (B, H, L, P)
         q_pe = self._rope(q_pe, cache.offset)
 
         latent, k_pe = mx.split(kv_a, [cfg.kv_lora_rank], axis=-1)  # (B, L, R), (B, L, P)
-        latent = rms_norm(latent, self.kv_a_layernorm, cfg.rms_norm_eps)
+        latent = self.kv_a_layernorm(latent)
         k_pe = self._rope(k_pe[:, None], cache.offset)[:, 0]
         tap("q", mx.concatenate([q_nope, q_pe], axis=-1).swapaxes(1, 2))
         tap("latent", latent)
@@ -115,7 +117,9 @@ class Attention:
         rows = cache.update(self.layer, mx.concatenate([latent, k_pe], axis=-1))  # (B, S, R + P)
         out = mla_decode(q_latent, q_pe, rows, cfg.softmax_scale)  # (B, H, L, R)
         out = head_qmv(out, self.v_b)  # (B, H, L, V)
-        return qmv(out.swapaxes(1, 2).reshape(batch, length, -1), self.o_proj)
+        out = qmv(out.swapaxes(1, 2).reshape(batch, length, -1), self.o_proj, residual=x)
+        tap("attn_out", out - x)
+        return out
 
     def _rope(self, x: mx.array, offset: int) -> mx.array:
         """Rotate pairs (2i, 2i + 1) of (B, heads, L, P)."""
@@ -125,16 +129,23 @@ class Attention:
 
 
 class MLP:
-    def __init__(self, weights: Weights):
+    """x + mlp(norm(x))"""
+
+    def __init__(self, weights: Weights, norm: Norm):
+        self.norm = norm
         self.gate_proj, self.up_proj, self.down_proj = (weights[f"{n}_proj"] for n in ("gate", "up", "down"))
 
-    def __call__(self, x: mx.array, residual: mx.array, tap: Tap = no_tap) -> mx.array:
-        return residual + qmv(swiglu_ops(*qmv_all(x, (self.gate_proj, self.up_proj))), self.down_proj)
+    def __call__(self, x: mx.array, tap: Tap = no_tap) -> mx.array:
+        tap("ffn_norm", self.norm(x))
+        hidden = swiglu_ops(*qmv_all(x, (self.gate_proj, self.up_proj), self.norm))
+        return qmv(hidden, self.down_proj, residual=x)
 
 
 class MoE:
-    def __init__(self, cfg: Config, weights: Weights):
-        self.cfg = cfg
+    """x + experts(norm(x))"""
+
+    def __init__(self, cfg: Config, weights: Weights, norm: Norm):
+        self.cfg, self.norm = cfg, norm
         self.gate = weights["gate"]
         self.e_score_correction_bias = (
             weights.vector("e_score_correction_bias") if ("e_score_correction_bias" in weights) else None
@@ -144,11 +155,11 @@ class MoE:
             weights.get(f"shared_experts.{n}_proj") for n in ("gate", "up", "down")
         )
 
-    def __call__(self, x: mx.array, residual: mx.array, tap: Tap = no_tap) -> mx.array:
+    def __call__(self, x: mx.array, tap: Tap = no_tap) -> mx.array:
         cfg = self.cfg
         rows = x.reshape(-1, x.shape[-1])  # (T, D)
         # float32: the biases of e_score_correction_bias differ by less than half precision resolves.
-        router_logits = qmv(rows.astype(mx.float32), self.gate)  # (T, E)
+        normed, router_logits = norm_qmv(rows, self.gate, self.norm, mx.float32)  # (T, D), (T, E)
         experts, weights = route(
             router_logits,
             self.e_score_correction_bias,
@@ -157,42 +168,28 @@ class MoE:
             cfg.norm_topk_prob,
             cfg.routed_scaling_factor,
         )
+        tap("ffn_norm", normed.reshape(x.shape))
         tap("router_logits", router_logits)
         tap("experts", experts)
         tap("expert_weights", weights)
         hidden, shared_hidden = experts_gate_up(
-            rows, self.gate_proj, self.up_proj, experts, self.shared_gate, self.shared_up
+            normed, self.gate_proj, self.up_proj, experts, self.shared_gate, self.shared_up
         )
-        y = experts_down(
-            hidden,
-            shared_hidden,
-            self.down_proj,
-            self.shared_down,
-            experts,
-            weights,
-            residual.reshape(rows.shape),
-        )
+        y = experts_down(hidden, shared_hidden, self.down_proj, self.shared_down, experts, weights, rows)
         return y.reshape(x.shape)
 
 
 class Block:
     def __init__(self, cfg: Config, weights: Weights, layer: int):
-        self.eps = cfg.rms_norm_eps
-        self.input_layernorm = weights.vector("input_layernorm")
-        self.self_attn = Attention(cfg, Weights(weights.weights, f"{weights.prefix}self_attn."), layer)
-        self.post_attention_layernorm = weights.vector("post_attention_layernorm")
+        attn = Weights(weights.weights, f"{weights.prefix}self_attn.")
         mlp = Weights(weights.weights, f"{weights.prefix}mlp.")
-        self.mlp = MLP(mlp) if layer < cfg.first_k_dense else MoE(cfg, mlp)
+        mlp_norm = weights.norm("post_attention_layernorm", cfg)
+        self.self_attn = Attention(cfg, attn, layer, weights.norm("input_layernorm", cfg))
+        self.mlp = MLP(mlp, mlp_norm) if layer < cfg.first_k_dense else MoE(cfg, mlp, mlp_norm)
 
     def __call__(self, x: mx.array, cache: LatentCache, tap: Tap = no_tap) -> mx.array:
-        attn_norm = rms_norm(x, self.input_layernorm, self.eps)
-        tap("attn_norm", attn_norm)
-        attn_out = self.self_attn(attn_norm, cache, tap)
-        tap("attn_out", attn_out)
-        x = x + attn_out
-        ffn_norm = rms_norm(x, self.post_attention_layernorm, self.eps)
-        tap("ffn_norm", ffn_norm)
-        out = self.mlp(ffn_norm, x, tap)
+        x = self.self_attn(x, cache, tap)
+        out = self.mlp(x, tap)
         tap("ffn_out", out - x)
         tap("out", out)
         return out
@@ -205,7 +202,7 @@ class Model:
         self.cfg, self.dtype = cfg, dtype
         self.embed_tokens = weights["embed_tokens"]
         self.layers = [Block(cfg, Weights(weights, f"layers.{i}."), i) for i in range(cfg.num_layers)]
-        self.norm = Weights(weights, "").vector("norm")
+        self.norm = Weights(weights, "").norm("norm", cfg)
         self.lm_head = weights.get("lm_head", self.embed_tokens)
 
     def new_cache(self) -> LatentCache:
@@ -225,7 +222,7 @@ class Model:
 
     def logits(self, x: mx.array) -> mx.array:
         """(B, L, D) -> (B, L, vocabulary) float32"""
-        return qmv(rms_norm(x, self.norm, self.cfg.rms_norm_eps), self.lm_head).astype(mx.float32)
+        return qmv(x, self.lm_head, self.norm, dtype=mx.float32)
 
 
 def activation_dtype() -> mx.Dtype:

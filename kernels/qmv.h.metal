@@ -3,15 +3,19 @@
 // as the last one and not written.
 //
 // NORMED: x is divided by its root mean square and multiplied by `norm_weight`. The sum of squares is taken on the way,
-// and divides the result. RESIDUAL: `residual` is added.
-template <int ROWS, int TOKENS, int DEPTH, int LANES, bool NORMED, bool RESIDUAL, int COLS, class W, class T>
+// and divides the result. RESIDUAL: `residual` is added. NORMED_TOO: the normed x is wanted as well; of its columns every
+// row of the matrix writes its share.
+template <
+    int ROWS, int TOKENS, int DEPTH, int LANES, bool NORMED, bool NORMED_TOO, bool RESIDUAL, int COLS,
+    class W, class T, class Y>
 inline void qmv_rows(
     W w,
     const device T* x,
     const device float* norm_weight,
     float eps,
-    const device T* residual,
-    device T* y,
+    const device Y* residual,
+    device Y* y,
+    device T* normed,
     uint base,
     uint first,
     uint rows,
@@ -75,7 +79,13 @@ inline void qmv_rows(
       const uint row = first + uint(32 / LANES * r);
       if (lane % uint(LANES) == 0 && row < rows) {
         const uint at = uint(t) * rows + row;
-        y[at] = T(RESIDUAL ? sum + float(residual[at]) : sum);
+        y[at] = Y(RESIDUAL ? sum + float(residual[at]) : sum);
+      }
+      if (NORMED_TOO && row < rows) {
+        const uint share = (uint(COLS) + rows - 1) / rows;
+        for (uint i = row * share + lane % uint(LANES); i < min((row + 1) * share, uint(COLS)); i += uint(LANES)) {
+          normed[t * COLS + i] = T(float(x[t * COLS + i]) * inverse * norm_weight[i]);
+        }
       }
     }
   }

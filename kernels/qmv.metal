@@ -7,13 +7,16 @@ const uint head = threadgroup_position_in_grid.y;
 const device float* norm_weight = 0;
 #endif
 #ifndef RESIDUAL
-const device T* residual = 0;
+const device Y* residual = 0;
+#endif
+#ifndef NORMED_TOO
+device T* normed = 0;
 #endif
 constexpr int BLOCK = ROWS * 32 / LANES;
-#define ROWS_OF(W, Y, BEGIN, COUNT)                                                                            \
+#define ROWS_OF(W, OUT, BEGIN, COUNT)                                                                          \
   if (block >= uint(BEGIN) && block < uint(BEGIN + (COUNT + BLOCK - 1) / BLOCK)) {                             \
-    qmv_rows<ROWS, TOKENS, DEPTH, LANES, HAS_NORM, HAS_RESIDUAL, COLS>(                                        \
-        W, x + head * uint(TOKENS * COLS), norm_weight, EPS, residual, Y + head * uint(TOKENS * COUNT),        \
-        head * uint(COUNT), (block - uint(BEGIN)) * uint(BLOCK), uint(COUNT), lane);                           \
+    qmv_rows<ROWS, TOKENS, DEPTH, LANES, HAS_NORM, HAS_NORMED_TOO, HAS_RESIDUAL, COLS>(                        \
+        W, x + head * uint(TOKENS * COLS), norm_weight, EPS, residual, OUT + head * uint(TOKENS * COUNT),      \
+        normed, head * uint(COUNT), (block - uint(BEGIN)) * uint(BLOCK), uint(COUNT), lane);                   \
   }
 MATRICES(ROWS_OF)

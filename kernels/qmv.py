@@ -1,13 +1,14 @@
 """Multiply rows by quantised matrices.
 
-qmv(x, w, norm, residual) -> y, and the same with `_ops`
+qmv(x, w, norm, residual, dtype) -> y, qmv_ops(x, w) -> y
     x         (..., L, cols)     float32, bfloat16 or float16
     w         (rows, cols)       a `Weight`; for `qmv_ops` also (..., rows, cols) with the leading dimensions of x
     norm      `Norm` or None     x is RMS-normed first: x / sqrt(mean(x^2) + eps) * weight
     residual  (..., L, rows)     added to the result, or None
-    y         (..., L, rows)     dtype of x; summed in float32
+    y         (..., L, rows)     `dtype`, by default that of x; summed in float32
 
 qmv_all(x, weights, norm) -> [y, ...]: several matrices of one x, in one launch.
+norm_qmv(x, w, norm, dtype) -> (normed, y): the normed x too, in the dtype of x.
 
 head_qmv(x, w) -> y, and the same with `_ops`
     x  (B, H, L, cols)
@@ -50,22 +51,54 @@ class Norm:
         return mx.fast.rms_norm(x, self.weight, self.eps).astype(x.dtype)
 
 
-def qmv(x: mx.array, w: Weight, norm: Norm | None = None, residual: mx.array | None = None) -> mx.array:
-    return _qmv(x, (w,), norm, residual)[0]
+def qmv(
+    x: mx.array,
+    w: Weight,
+    norm: Norm | None = None,
+    residual: mx.array | None = None,
+    dtype: mx.Dtype | None = None,
+) -> mx.array:
+    return _qmv(x, (w,), norm, residual, dtype or x.dtype)[0]
 
 
 def qmv_all(x: mx.array, weights: Sequence[Weight], norm: Norm | None = None) -> list[mx.array]:
-    return _qmv(x, weights, norm, None)
+    return _qmv(x, weights, norm, None, x.dtype)
 
 
-def _qmv(x: mx.array, weights: Sequence[Weight], norm: Norm | None, residual: mx.array | None) -> list[mx.array]:
+def norm_qmv(x: mx.array, w: Weight, norm: Norm, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
+    y, normed = _qmv(x, (w,), norm, None, dtype, normed_too=True)
+    return normed, y
+
+
+def _qmv(
+    x: mx.array,
+    weights: Sequence[Weight],
+    norm: Norm | None,
+    residual: mx.array | None,
+    dtype: mx.Dtype,
+    normed_too: bool = False,
+) -> list[mx.array]:
     tokens = x.size // x.shape[-1]
     back_end = launcher.back_end("qmv") if tokens <= launcher.MAX_TOKENS else None
     if back_end is None or not launcher.fits(*weights):
-        normed = x if norm is None else norm(x)
-        return [y if residual is None else residual + y for y in (qmv_ops(normed, w) for w in weights)]
+        # In float32 where the result is: the router's norm is not rounded first.
+        wide = x.astype(mx.float32) if dtype == mx.float32 else x
+        normed = wide if norm is None else norm(wide)
+        ys = [qmv_ops(normed, w).astype(dtype) for w in weights]
+        ys = [y if residual is None else residual + y for y in ys]
+        return [*ys, normed.astype(x.dtype)] if normed_too else ys
     kinds = tuple(launcher.kind(w) for w in weights)
-    launch = _launch(back_end, 1, tokens, x.dtype, kinds, None if norm is None else norm.eps, residual is not None)
+    launch = _launch(
+        back_end,
+        1,
+        tokens,
+        x.dtype,
+        dtype,
+        kinds,
+        None if norm is None else norm.eps,
+        normed_too,
+        residual is not None,
+    )
     extra = [] if norm is None else [norm.weight]
     if residual is not None:
         extra.append(residual)
@@ -79,7 +112,7 @@ def head_qmv(x: mx.array, w: Weight) -> mx.array:
     if back_end is None or not launcher.fits(w):
         return head_qmv_ops(x, w)
     kind, shape = launcher.kind(w)
-    launch = _launch(back_end, heads, length, x.dtype, ((kind, shape[1:]),), None, False)
+    launch = _launch(back_end, heads, length, x.dtype, x.dtype, ((kind, shape[1:]),), None, False, False)
     return launch(x, *launcher.planes(w))[0].reshape(1, heads, length, -1)
 
 
@@ -96,8 +129,10 @@ def _launch(
     heads: int,
     tokens: int,
     dtype: mx.Dtype,
+    out_dtype: mx.Dtype,
     kinds: tuple[launcher.Kind, ...],
     eps: float | None,
+    normed_too: bool,
     with_residual: bool,
 ) -> launcher.Launch:
     cols = kinds[0][1][1]
@@ -112,14 +147,19 @@ def _launch(
         defines["NORM"] = ""
     if with_residual:
         defines["RESIDUAL"] = ""
+    outputs = {f"y{i}": ((heads * tokens, shape[0]), out_dtype) for i, (_, shape) in enumerate(kinds)}
+    if normed_too:
+        defines["NORMED_TOO"] = ""
+        outputs["normed"] = ((tokens, cols), dtype)
     return launcher.prepare(
         back_end,
         "qmv",
         inputs=["x", *["norm_weight"] * (eps is not None), *["residual"] * with_residual],
         weights={f"W{i}": kind for i, kind in enumerate(kinds)},
-        outputs={f"y{i}": ((heads * tokens, shape[0]), dtype) for i, (_, shape) in enumerate(kinds)},
+        outputs=outputs,
         template={
             "T": dtype,
+            "Y": out_dtype,
             "TOKENS": tokens,
             "COLS": cols,
             "DEPTH": launcher.depth(cols, lanes, DEPTH),
@@ -127,6 +167,7 @@ def _launch(
             "ROWS": ROWS,
             "SIMDGROUPS": SIMDGROUPS,
             "HAS_NORM": eps is not None,
+            "HAS_NORMED_TOO": normed_too,
             "HAS_RESIDUAL": with_residual,
         },
         defines=defines,

@@ -12,7 +12,7 @@ from glm_mlx import weights
 from glm_mlx.cache import LatentCache
 from glm_mlx.config import Config
 from glm_mlx.gguf import GGUFFile
-from glm_mlx.model import Block, Model, Weights, rms_norm
+from glm_mlx.model import Block, Model, Weights
 from kernels.planes import Weight
 from kernels.qmv import embed_ops, qmv_ops
 from parity_tests.budgets import BUDGETS, NEAR_TIE, NEAR_TIE_16, relative_error
@@ -78,12 +78,15 @@ def _compare_layers(
             prefix = f"layers.{i}."
             _, tensors = load_part(path, lambda name, prefix=prefix: name.startswith(prefix))  # type: ignore[misc]
             block = Block(cfg, Weights(tensors, prefix), i)
-            near_tie = NEAR_TIE if dtype == mx.float32 else NEAR_TIE_16
-            yield from compare_taps(prefix, product_taps(cfg, block, i, x, dtype), want, near_tie)
+            got_taps = product_taps(cfg, block, i, x, dtype)
+            if dtype == mx.float32:
+                yield from compare_taps(prefix, got_taps, want)
+            else:
+                yield from compare_taps(prefix, got_taps, want, NEAR_TIE_16, residual=x)
         x = want["out"]
     if reference.n_layers - 1 in chosen:
         _, tensors = load_part(path, lambda name: name in ("norm", "lm_head", "embed_tokens"))
-        norm = rms_norm(mx.array(x[None]).astype(dtype), Weights(tensors, "").vector("norm"), cfg.rms_norm_eps)
+        norm = Weights(tensors, "").norm("norm", cfg)(mx.array(x[None]).astype(dtype))
         logits = qmv_ops(norm, tensors.get("lm_head", tensors["embed_tokens"]))
         want = reference.head(x)
         yield TapError("output_norm", "layer taps", relative_error(to_numpy(norm)[0], want["output_norm"]))
@@ -99,14 +102,22 @@ def product_taps(cfg: Config, block: Block, layer: int, x: Array, dtype: mx.Dtyp
     return {name: tap.reshape(rows, *tap.shape[-1:]) if name != "q" else tap[0] for name, tap in taps.items()}
 
 
-def compare_taps(prefix: str, got: Taps, want: Taps, near_tie: float = NEAR_TIE) -> Iterator[TapError]:
+def compare_taps(
+    prefix: str, got: Taps, want: Taps, near_tie: float = NEAR_TIE, residual: Array | None = None
+) -> Iterator[TapError]:
     """Tap by tap in the order of computation. The reference tells routed and shared experts apart, the product not.
 
-    Tokens whose expert choice differs at a near-tie are left out of what follows from that choice.
+    Tokens whose expert choice differs at a near-tie are left out of what follows from that choice. `residual`, the
+    layer's input, is given for 16 bits: the product adds it in the same launch, so that what it knows of `attn_out` and
+    `ffn_out` is their sum with it, rounded; those sums are compared then.
     """
-    want = dict(want)
+    got, want = dict(got), dict(want)
     if "experts_out" in want:
         want["ffn_out"] = want["experts_out"] + want.get("shared_out", np.float32(0))
+    if residual is not None:
+        for taps in (got, want):
+            taps["attn_out"] = taps["attn_out"] + residual
+            taps["ffn_out"] = taps["ffn_out"] + taps["attn_out"]
     same = np.ones(len(want["out"]), bool)
     for name in LAYER_TAPS:
         if name in want:
