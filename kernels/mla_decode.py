@@ -48,7 +48,8 @@ def mla_decode(q_latent: mx.array, q_pe: mx.array, cache: mx.array, scale: float
     batch, heads, length, latent_dim = q_latent.shape
     rope_dim = q_pe.shape[-1]
     back_end = launcher.back_end("mla_decode") if batch == 1 and length <= launcher.MAX_TOKENS else None
-    if back_end is None or latent_dim % 2 or rope_dim % 2:
+    tiny = min(q_latent.size, q_pe.size, cache.size) < 8  # MLX hands Metal these as `constant`
+    if back_end is None or latent_dim % 2 or rope_dim % 2 or tiny:
         return mla_decode_ops(q_latent, q_pe, cache, scale)
     rows = cache.shape[1]
     splits = 1 << max(0, min(MAX_SPLITS, rows // ROWS_OF_SPLIT).bit_length() - 1)
