@@ -24,8 +24,9 @@ from glm_mlx.packing import pack
 from kernels import launcher
 from kernels.experts_down import experts_down, experts_down_ops
 from kernels.experts_gate_up import experts_gate_up, experts_gate_up_ops
+from kernels.mla_decode import mla_decode, mla_decode_ops
 from kernels.planes import QUANT_TYPES, Weight, dequantize_ops
-from kernels.qmv import Norm, head_qmv, head_qmv_ops, qmv, qmv_all, qmv_ops
+from kernels.qmv import Norm, head_qmv, head_qmv_ops, norm_qmv, qmv, qmv_all, qmv_ops
 from kernels.route import Gating, route, route_ops
 from parity_tests.budgets import NEAR_TIE, check, check_twice
 from parity_tests.msl import executing
@@ -161,6 +162,7 @@ class Case:
     """One call. The parameters are what its inputs are made of, and its name in a table of tests."""
 
     op: ClassVar[str]
+    launches: ClassVar[int] = 1
 
     def kernel(self) -> Sequence[mx.array | None]:
         raise NotImplementedError
@@ -177,7 +179,7 @@ class Case:
         shown = []
         for field in fields(self):
             value = getattr(self, field.name)
-            if value != field.default or field.name in ("tokens", "dtype"):
+            if str(value) != str(field.default) or field.name in ("tokens", "dtype"):
                 text = "+".join(map(str, value)) if isinstance(value, tuple) else str(value)
                 shown.append(f"{field.name}={text.removeprefix('mlx.core.')}")
         return f"{self.op} {' '.join(shown)}"
@@ -185,7 +187,7 @@ class Case:
 
 def verify(case: Case, mode: str = "trace") -> None:
     """Within its budget in float32; in 16 bits at most twice as far from the truth as MLX's own operations."""
-    got = run(case.kernel, mode)
+    got = run(case.kernel, mode, case.launches)
     assert len(got) == len(case.exact)
     twin = _evaluated(case.twin()) if getattr(case, "dtype", mx.float32) != mx.float32 else got
     for y, exact, own in zip(got, case.exact, twin, strict=True):
@@ -200,16 +202,23 @@ def verify(case: Case, mode: str = "trace") -> None:
 
 @dataclass(frozen=True)
 class Qmv(Case):
-    """kinds and rows: of each matrix. norm: x is normed first. residual: added to the result, of one matrix only."""
+    """kinds and rows: of each matrix. norm: x is normed first. normed_too: and is a result. out: dtype of the product,
+    where it is not x's. residual: added to the product of the one matrix."""
 
     kinds: tuple[str, ...]
     rows: tuple[int, ...]
     cols: int
     norm: bool = False
     residual: bool = False
+    normed_too: bool = False
     tokens: int = 1
     dtype: mx.Dtype = mx.float32
+    out: mx.Dtype | None = None
     op: ClassVar[str] = "qmv"
+
+    @property
+    def result(self) -> mx.Dtype:
+        return self.out or self.dtype
 
     @cached_property
     def x(self) -> mx.array:
@@ -223,32 +232,38 @@ class Qmv(Case):
         ]
 
     @cached_property
-    def extra(self) -> tuple[Norm | None, mx.array | None]:
-        """The norm, with gains about 1, and the residual."""
+    def gains(self) -> Norm:
         gains = np.random.default_rng(1).uniform(0.5, 1.5, self.cols).astype(np.float32)
-        norm = Norm(framed(mx.array(gains)), 1e-5) if self.norm else None
-        return norm, random_array((self.tokens, self.rows[0]), self.dtype, seed=2) if self.residual else None
+        return Norm(framed(mx.array(gains)), 1e-5)
+
+    @cached_property
+    def added(self) -> mx.array:
+        return random_array((self.tokens, self.rows[0]), self.result, seed=2)
 
     def kernel(self) -> Sequence[mx.array]:
-        norm, residual = self.extra
-        if residual is not None:
-            return [qmv(self.x, self.weights[0], norm, residual)]
+        norm = self.gains if self.norm else None
+        if self.normed_too:
+            return norm_qmv(self.x, self.weights[0], self.gains, self.result)
+        if self.residual or self.out:
+            return [qmv(self.x, self.weights[0], norm, self.added if self.residual else None, self.out)]
         return qmv_all(self.x, self.weights, norm)
 
     def twin(self) -> Sequence[mx.array]:
-        norm, residual = self.extra
-        x = self.x if norm is None else norm(self.x)
-        results = [qmv_ops(x, w) for w in self.weights]
-        return results if residual is None else [residual + y for y in results]
+        x = self.x.astype(mx.float32) if self.result == mx.float32 else self.x
+        x = self.gains(x) if self.norm or self.normed_too else x
+        results = [qmv_ops(x, w).astype(self.result) for w in self.weights]
+        results = [self.added + y for y in results] if self.residual else results
+        return [x.astype(self.dtype), *results] if self.normed_too else results
 
     @cached_property
     def exact(self) -> list[Exact]:
-        norm, residual = self.extra
         x = float64(self.x)
-        if norm is not None:
-            x = x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + norm.eps) * float64(norm.weight)
+        if self.norm or self.normed_too:
+            root = np.sqrt((x**2).mean(axis=-1, keepdims=True) + self.gains.eps)
+            x = x / root * float64(self.gains.weight)
         results = [x @ values(w).T for w in self.weights]
-        return results if residual is None else [y + float64(residual) for y in results]
+        results = [y + float64(self.added) for y in results] if self.residual else results
+        return [x, *results] if self.normed_too else results
 
 
 @dataclass(frozen=True)
@@ -460,3 +475,44 @@ class Route(Case):
         if self.normalize:
             weights /= weights.sum(axis=-1, keepdims=True)
         return [experts, weights * self.scale]
+
+
+@dataclass(frozen=True)
+class Mla(Case):
+    """context: rows of the cache, of which the last `tokens` are those of the queries."""
+
+    heads: int
+    context: int
+    latent: int = 64
+    rope: int = 16
+    tokens: int = 1
+    dtype: mx.Dtype = mx.float32
+    op: ClassVar[str] = "mla_decode"
+    launches: ClassVar[int] = 2
+
+    @cached_property
+    def inputs(self) -> tuple[mx.array, ...]:
+        """q_latent, q_pe, cache. Queries are large enough that a few rows win."""
+        q_latent = 3 * random_array((self.heads, self.tokens, self.latent), self.dtype, 0)
+        q_pe = random_array((self.heads, self.tokens, self.rope), self.dtype, 1)
+        cache = random_array((1, self.context, self.latent + self.rope), self.dtype, 2)
+        return framed(q_latent)[None], q_pe[None], cache
+
+    @property
+    def scale(self) -> float:
+        return (self.latent + self.rope) ** -0.5
+
+    def kernel(self) -> Sequence[mx.array]:
+        return [mla_decode(*self.inputs, self.scale)]
+
+    def twin(self) -> Sequence[mx.array]:
+        return [mla_decode_ops(*self.inputs, self.scale)]
+
+    @cached_property
+    def exact(self) -> list[Exact]:
+        q_latent, q_pe, cache = (float64(a) for a in self.inputs)
+        scores = np.einsum("bhlw,bsw->bhls", np.concatenate([q_latent, q_pe], axis=-1), cache) * self.scale
+        last = self.context - self.tokens + np.arange(self.tokens)
+        scores[..., np.arange(self.context) > last[:, None]] = -np.inf
+        p = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        return [np.einsum("bhls,bsr->bhlr", p / p.sum(axis=-1, keepdims=True), cache[..., : self.latent])]

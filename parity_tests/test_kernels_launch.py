@@ -18,6 +18,7 @@ from parity_tests.kernel_cases import (
     Down,
     GateUp,
     HeadQmv,
+    Mla,
     Qmv,
     Route,
     bits,
@@ -34,6 +35,7 @@ CASES: dict[str, Case] = {
     "experts_gate_up": GateUp("Q4_0", width=16, cols=64, tokens=3),
     "experts_down": Down("Q4_0", width=64, cols=16, tokens=3),
     "route": Route(64, 4, tokens=3),
+    "mla_decode": Mla(4, 40, tokens=3),
 }
 TO_TWIN: dict[str, Case] = {
     **{f"{op}: {TOO_MANY} tokens": replace(case, tokens=TOO_MANY) for op, case in CASES.items()},  # type: ignore
@@ -45,6 +47,8 @@ TO_TWIN: dict[str, Case] = {
     "experts_down: shared experts of another width": Down("Q4_0", width=64, shared="Q4_0", shared_width=96),
     "route: fewer than eight experts": Route(7, 4),
     "route: more than 256 experts": Route(257, 4),
+    "mla_decode: rows of 63": Mla(4, 40, latent=63),
+    "mla_decode: fewer than eight values": Mla(1, 33, latent=62, rope=2),
 }
 
 
@@ -58,10 +62,10 @@ def test_what_no_kernel_takes_goes_to_the_twin(case: Case) -> None:
 def test_an_op_to_be_avoided_goes_to_the_twin_and_the_others_do_not(op: str) -> None:
     for other, case in CASES.items():
         with launcher.avoiding(op):
-            run(case.kernel, launches=int(other != op))
+            run(case.kernel, launches=case.launches * (other != op))
         with launcher.avoiding():
             run(case.kernel, launches=0)
-        run(case.kernel, launches=1)
+        run(case.kernel, launches=case.launches)
 
 
 @pytest.mark.parametrize("op", CASES)

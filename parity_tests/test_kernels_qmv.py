@@ -42,7 +42,15 @@ EVERY = [
     for i, cols in enumerate(COLS[block(kind)])
 ]
 RESIDUAL = [
-    Qmv((kind,), (EDGES[j % 3],), cols, bool(i % 2), True, tokens=1 + (5 * i + j) % 8, dtype=DTYPES[(i + j + 1) % 3])
+    Qmv(
+        (kind,),
+        (EDGES[j % 3],),
+        cols,
+        bool(i % 2),
+        residual=True,
+        tokens=1 + (5 * i + j) % 8,
+        dtype=DTYPES[(i + j + 1) % 3],
+    )
     for j, kind in enumerate(KINDS)
     for i, cols in enumerate(COLS[block(kind)][3:5])
 ]
@@ -50,6 +58,17 @@ HEADS = [
     HeadQmv(kind, 3, EDGES[j % 3], cols, tokens=1 + (2 * i + j) % 8, dtype=DTYPES[(i + j) % 3])
     for j, kind in enumerate(KINDS)
     for i, cols in enumerate(COLS[block(kind)][1:3])
+]
+F32 = mx.float32
+NORMED = [
+    Qmv(("F32",), (64,), 2048, normed_too=True, dtype=mx.bfloat16, out=F32),  # fewer rows than columns: a router
+    Qmv(("F32",), (48,), 1000, normed_too=True, tokens=8, dtype=mx.float16, out=F32),
+    Qmv(("Q4_0",), (ABOUT + 1,), 32, normed_too=True, tokens=3),  # more
+    Qmv(("Q5_0",), (ABOUT - 1,), 480, normed_too=True, tokens=2, dtype=mx.bfloat16),
+    Qmv(("Q6_K",), (9,), 2304, normed_too=True, tokens=4, dtype=mx.float16, out=mx.bfloat16),
+    Qmv(("BF16",), (1,), 264, normed_too=True, tokens=2, dtype=mx.bfloat16),
+    Qmv(("Q8_0",), (ABOUT,), 96, tokens=3, dtype=mx.bfloat16, out=F32),
+    Qmv(("Q4_K",), (ABOUT,), 512, norm=True, residual=True, tokens=3, dtype=mx.float16, out=F32),
 ]
 MIXED = [
     Qmv(("Q4_0", "Q8_0"), (ABOUT + 3, ABOUT - 3), 2048, dtype=mx.bfloat16),
@@ -67,12 +86,12 @@ REAL: list[Case] = [
     Qmv(("Q4_0",), (2048,), 5120, residual=True, tokens=2, dtype=mx.bfloat16),  # output projection
     Qmv(("Q4_0", "Q4_0"), (10240, 10240), 2048, norm=True),  # gate and up of the dense layer
     Qmv(("Q4_1",), (2048,), 10240, residual=True, dtype=mx.bfloat16),  # its down
-    Qmv(("F32",), (64,), 2048),  # router
+    Qmv(("F32",), (64,), 2048, normed_too=True, dtype=mx.bfloat16, out=F32),  # router
     Qmv(("Q6_K",), (15488,), 2048, norm=True, dtype=mx.bfloat16),  # a tenth of the head
 ]
 
 
-@pytest.mark.parametrize("case", [*EVERY, *RESIDUAL, *HEADS, *MIXED], ids=str)
+@pytest.mark.parametrize("case", [*EVERY, *RESIDUAL, *NORMED, *HEADS, *MIXED], ids=str)
 def test_agrees_with_float64(case: Case) -> None:
     verify(case)
 

@@ -1,0 +1,67 @@
+"""mla_decode's kernels: contexts on both sides of every split and block, among rows of NaN, against float64."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from kernels.mla_decode import HEADS_AT_ONCE, MAX_SPLITS, ROWS_AT_ONCE, ROWS_OF_SPLIT, SIMDGROUPS, mla_decode
+from parity_tests.kernel_cases import DTYPES, Mla, bits, float64, run, verify
+
+ROUND = SIMDGROUPS * ROWS_AT_ONCE  # rows that a threadgroup takes at a time
+CONTEXTS = sorted(
+    {1, 2, 3}
+    | {edge + d for edge in (ROUND, ROWS_OF_SPLIT, 2 * ROWS_OF_SPLIT, 4 * ROWS_OF_SPLIT) for d in (-1, 0, 1)}
+    | {1023, MAX_SPLITS * ROWS_OF_SPLIT, MAX_SPLITS * ROWS_OF_SPLIT + 77}
+)
+HEADS = (1, HEADS_AT_ONCE, HEADS_AT_ONCE + 1, 2 * HEADS_AT_ONCE - 1)
+WIDTHS = ((64, 16), (96, 32), (128, 64), (62, 10), (512, 64))
+CASES = [
+    Mla(HEADS[i % 4], context, *WIDTHS[i % 5], tokens=min(context, 1 + (3 * i) % 8), dtype=DTYPES[i % 3])
+    for i, context in enumerate(CONTEXTS)
+]
+REAL = [
+    Mla(20, 4096, 512, 64, dtype=mx.bfloat16),
+    Mla(20, 129, 512, 64, tokens=8),
+    Mla(16, 1000, 512, 64, tokens=2, dtype=mx.float16),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_agrees_with_float64(case: Mla) -> None:
+    verify(case)
+
+
+@pytest.mark.parametrize("case", REAL, ids=str)
+def test_agrees_with_float64_at_real_shapes(case: Mla) -> None:
+    verify(case, "fast")
+
+
+@pytest.mark.parametrize("at", [0, 40, 99])
+def test_one_row_that_wins_is_the_result(at: int) -> None:
+    """Scores far above and below all others: nothing overflows, wherever the winner is."""
+    cache = np.random.default_rng(0).standard_normal((1, 100, 80)).astype(np.float32)
+    cache[0, at, 64] = 1e4
+    q_pe = np.zeros((1, 5, 1, 16), np.float32)
+    q_pe[..., 0] = 1.0
+    rows = mx.array(cache)
+    (out,) = run(lambda: [mla_decode(mx.zeros((1, 5, 1, 64)), mx.array(q_pe), rows, 1.0)], launches=2)
+    np.testing.assert_array_equal(np.array(out), np.broadcast_to(cache[0, at, :64], (1, 5, 1, 64)))
+
+
+def test_what_is_not_finite_stays_with_the_queries_that_see_it() -> None:
+    """A row of NaN reaches every query that sees it, and no other; a query of NaN, only itself."""
+    case = Mla(5, 70, tokens=3)
+    q_latent, q_pe, cache = case.inputs
+    (clean,) = run(case.kernel, launches=2)
+    rows = np.array(cache)
+    rows[0, -2] = np.nan
+    (got,) = run(lambda: [mla_decode(q_latent, q_pe, mx.array(rows), case.scale)], launches=2)
+    assert np.isnan(float64(got)[:, :, 1:]).all()
+    assert bits(got[:, :, :1]) == bits(clean[:, :, :1])
+    queries = np.array(q_latent)
+    queries[0, 2, 1] = np.nan
+    (got,) = run(lambda: [mla_decode(mx.array(queries), q_pe, cache, case.scale)], launches=2)
+    assert np.isnan(float64(got)[0, 2, 1]).all()
+    queries_left = np.ones((5, 3), bool)
+    queries_left[2, 1] = False
+    np.testing.assert_array_equal(float64(got)[0][queries_left], float64(clean)[0][queries_left])
