@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import mlx.core as mx
 
+from bench import gpu_time
 from bench.op_cases import Case, Contestant
 
 # Relative errors (RMS) against the twin in float32 from which a result is wrong. Ours in bfloat16 are below 0.01; MLX's
@@ -22,6 +23,8 @@ LAUNCHES = (2, 256)  # of a sample: least and most
 LINK_FACTOR = 2  # how much longer a link takes than one that the host holds up
 LONGEST_LINK = 1 << 22  # elements
 LINK_LAUNCHES = 3
+GPU_ROUNDS = 10  # of samples of the GPU's own time, which need no more
+GPU_LAUNCHES = 32  # of such a sample, at most
 
 
 def seconds(arrays: Sequence[mx.array]) -> float:
@@ -86,6 +89,7 @@ class Row:
     chain: list[float] = field(default_factory=list)
     link: list[float] = field(default_factory=list)
     independent: list[float] = field(default_factory=list)
+    gpu: list[float] = field(default_factory=list)  # busy, where the GPU tells
 
 
 def relative_error(got: mx.array, truth: mx.array) -> float:
@@ -132,6 +136,11 @@ class _Timer:
         row.chain.append((chain - link) / n)
         row.independent.append(independent / n)
 
+    def sample_gpu(self) -> None:
+        n = min(self.row.launches, GPU_LAUNCHES)
+        link, chain = (gpu_time.busy_seconds(lambda run=run: run(n)) for run in (self.link.chain, self.chain))
+        self.row.gpu.append((chain - link) / n)
+
 
 def measure(case: Case, link: Link, rounds: int, rows: list[Row]) -> None:
     """Append a row for each contestant and fill them in turns: what is there when Ctrl-C comes is good."""
@@ -161,3 +170,7 @@ def measure(case: Case, link: Link, rounds: int, rows: list[Row]) -> None:
     for number in range(rounds):
         for timer in timers if number % 2 == 0 else timers[::-1]:
             timer.sample()
+    if gpu_time.available():
+        for _ in range(min(rounds, GPU_ROUNDS)):
+            for timer in timers:
+                timer.sample_gpu()

@@ -5,9 +5,10 @@ examples:
   python bench/ops_speed.py --op experts_gate_up,experts_down --quant Q4_0,Q4_K --dtype bfloat16
 
 Launches wait for one another, as in decode ("chain"), or not ("independent"). Weights, chosen experts and caches
-rotate, so that no cache holds them. The contestants take turns; a wrong result is not timed. GB/s counts each byte once
-that a launch must read or write; "of copy" is its share of what a copy on this device moves. On a CPU there are no
-kernels, and fewer experts, tokens of the vocabulary and rounds.
+rotate, so that no cache holds them. The contestants take turns; a wrong result is not timed. "GPU" is the time that the
+GPU itself spent, known on NVIDIA with PyTorch installed; where it is known, the columns after it are by it. GB/s counts
+each byte once that a launch must read or write; "of copy" is its share of what a copy on this device moves. On a CPU
+there are no kernels, and fewer experts, tokens of the vocabulary and rounds.
 """
 
 import sys
@@ -19,7 +20,7 @@ if __name__ == "__main__":  # the repository instead of this folder, whose names
 
 import mlx.core as mx
 
-from bench import op_cases, script
+from bench import gpu_time, op_cases, script
 from bench.conditions import back_end, conditions, describe
 from bench.op_cases import OPS, WITHOUT_QUANT
 from bench.op_timing import LAUNCHES, Link, Row, measure
@@ -29,8 +30,8 @@ from kernels.planes import QUANT_TYPES
 
 DTYPES = {script.dtype_name(dtype): dtype for dtype in (mx.float32, mx.bfloat16, mx.float16)}
 COLUMNS = (
-    "shape", "type", "by", "first\nms", "chain\nµs", "p10-p90\nµs", "\nGB/s", "of\ncopy", "\nGFLOP/s", "against\ntwin",
-    "independent\nµs",
+    "shape", "type", "by", "first\nms", "chain\nµs", "p10-p90\nµs", "GPU\nµs", "\nGB/s", "of\ncopy", "\nGFLOP/s",
+    "against\ntwin", "independent\nµs",
 )  # fmt: skip
 
 
@@ -51,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     dtype = DTYPES[args.dtype] if args.dtype else activation_dtype()
     rounds = args.rounds or (5 if on_cpu else 30)
 
-    found = conditions()
+    found = conditions() | {"gpu_time": "CUPTI, through PyTorch's profiler" if gpu_time.available() else None}
     rows: list[Row] = []
     tiny: dict[mx.Dtype, float] = {}
     interrupted = False
@@ -90,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _print(lines: list[str], rows: list[Row], copy_gb_s: float, notes: list[str]) -> None:
-    twins = {id(row.case): summarize(row.chain).median for row in rows if row.by == "twin" and row.chain}
+    twins = {id(row.case): _launch_seconds(row) for row in rows if row.by == "twin" and row.chain}
     tables = []
     last = None
     for row in rows:
@@ -104,25 +105,31 @@ def _print(lines: list[str], rows: list[Row], copy_gb_s: float, notes: list[str]
             notes.append(f"{case.op}, {case.what}, {case.quant}, by {row.by}: {row.problem}")
             continue
         chain, independent = summarize(row.chain), summarize(row.independent)
-        gb_s = row.nbytes / chain.median / 1e9
+        each = _launch_seconds(row)
+        gb_s = row.nbytes / each / 1e9
         tables[-1].add_row(
             *name,
             row.by,
             f"{1e3 * (row.first or 0):.1f}",
             f"{1e6 * chain.median:.2f}",
             f"{1e6 * chain.p10:.2f}-{1e6 * chain.p90:.2f}",
+            f"{1e6 * each:.2f}" if row.gpu else "-",
             f"{gb_s:.1f}",
             f"{gb_s / copy_gb_s:.1%}",
-            f"{case.flops / chain.median / 1e9:.1f}" if case.flops else "-",
-            f"{twins[id(case)] / chain.median:.2f} x" if id(case) in twins else "-",
+            f"{case.flops / each / 1e9:.1f}" if case.flops else "-",
+            f"{twins[id(case)] / each:.2f} x" if id(case) in twins else "-",
             f"{1e6 * independent.median:.2f}",
         )
     script.show(lines, tables, notes)
 
 
+def _launch_seconds(row: Row) -> float:
+    return summarize(row.gpu or row.chain).median
+
+
 def _as_json(row: Row) -> dict[str, Any]:
     case = row.case
-    samples = {"chain": row.chain, "link": row.link, "independent": row.independent}
+    samples = {"chain": row.chain, "link": row.link, "independent": row.independent, "gpu": row.gpu}
     return {
         "op": case.op,
         "shape": case.what,
