@@ -55,6 +55,9 @@ class Engine:
     def __init__(self, model: Model, chunk: int = PREFILL_CHUNK):
         self.model, self.chunk = model, chunk
         self.cache = model.new_cache()
+        # Python takes longer to build the graph of a step than a GPU to run it. A CPU doesn't mind, and compiling there
+        # needs a C++ compiler.
+        self._step = mx.compile(model.step) if mx.default_device() == mx.Device(mx.gpu) else None
         self.tokens: list[int] = []
         self.stats = Stats()
 
@@ -135,7 +138,12 @@ class Engine:
         return logits
 
     def _forward(self, token: mx.array) -> mx.array:
-        return self.model.logits(self.model.hidden_states(token[:, None], self.cache))[:, 0]
+        if self._step is None:
+            return self.model.logits(self.model.hidden_states(token[:, None], self.cache))[:, 0]
+        rows = self.cache.reserve(1)
+        logits, rows = self._step(token[:, None], mx.array([self.cache.offset], mx.int32), rows)
+        self.cache.take(rows, 1)
+        return logits
 
 
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

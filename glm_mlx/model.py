@@ -12,11 +12,12 @@ with MLX's operations; those named `_ops` have no kernel yet.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeAlias
 
 import mlx.core as mx
 
-from glm_mlx.cache import LatentCache
+from glm_mlx.cache import LatentCache, TracedCache
 from glm_mlx.config import Config
 from kernels.experts_down import experts_down
 from kernels.experts_gate_up import experts_gate_up, swiglu_ops
@@ -25,6 +26,7 @@ from kernels.planes import Weight
 from kernels.qmv import Norm, embed_ops, head_qmv, norm_qmv, qmv, qmv_all
 from kernels.route import route
 
+Cache: TypeAlias = LatentCache | TracedCache
 Tap = Callable[[str, mx.array], None]  # sees named intermediate values; the parity tests' way in
 
 
@@ -90,7 +92,7 @@ class Attention:
         self.o_proj = weights["o_proj"]
         self.wavelengths = rope_wavelengths(cfg)
 
-    def __call__(self, x: mx.array, cache: LatentCache, tap: Tap = no_tap) -> mx.array:
+    def __call__(self, x: mx.array, cache: Cache, tap: Tap = no_tap) -> mx.array:
         cfg = self.cfg
         batch, length, _ = x.shape
         tap("attn_norm", self.norm(x))
@@ -102,11 +104,11 @@ class Attention:
             q = qmv(q_a, self.q_b_proj, self.q_a_layernorm)
         q = q.reshape(batch, length, cfg.num_heads, cfg.qk_head_dim).swapaxes(1, 2)
         q_nope, q_pe = mx.split(q, [cfg.qk_nope_head_dim], axis=-1)  # (B, H, L, N), (B, H, L, P)
-        q_pe = self._rope(q_pe, cache.offset)
+        q_pe = self._rope(q_pe, cache.position)
 
         latent, k_pe = mx.split(kv_a, [cfg.kv_lora_rank], axis=-1)  # (B, L, R), (B, L, P)
         latent = self.kv_a_layernorm(latent)
-        k_pe = self._rope(k_pe[:, None], cache.offset)[:, 0]
+        k_pe = self._rope(k_pe[:, None], cache.position)[:, 0]
         tap("q", mx.concatenate([q_nope, q_pe], axis=-1).swapaxes(1, 2))
         tap("latent", latent)
         tap("k_pe", k_pe)
@@ -115,13 +117,13 @@ class Attention:
         # row is key and value of every head.
         q_latent = head_qmv(q_nope, self.k_b)  # (B, H, L, R)
         rows = cache.update(self.layer, mx.concatenate([latent, k_pe], axis=-1))  # (B, S, R + P)
-        out = mla_decode(q_latent, q_pe, rows, cfg.softmax_scale)  # (B, H, L, R)
+        out = mla_decode(q_latent, q_pe, rows, cfg.softmax_scale, cache.context(length))  # (B, H, L, R)
         out = head_qmv(out, self.v_b)  # (B, H, L, V)
         out = qmv(out.swapaxes(1, 2).reshape(batch, length, -1), self.o_proj, residual=x)
         tap("attn_out", out - x)
         return out
 
-    def _rope(self, x: mx.array, offset: int) -> mx.array:
+    def _rope(self, x: mx.array, offset: int | mx.array) -> mx.array:
         """Rotate pairs (2i, 2i + 1) of (B, heads, L, P)."""
         return mx.fast.rope(
             x, x.shape[-1], traditional=True, base=None, scale=1.0, offset=offset, freqs=self.wavelengths
@@ -187,7 +189,7 @@ class Block:
         self.self_attn = Attention(cfg, attn, layer, weights.norm("input_layernorm", cfg))
         self.mlp = MLP(mlp, mlp_norm) if layer < cfg.first_k_dense else MoE(cfg, mlp, mlp_norm)
 
-    def __call__(self, x: mx.array, cache: LatentCache, tap: Tap = no_tap) -> mx.array:
+    def __call__(self, x: mx.array, cache: Cache, tap: Tap = no_tap) -> mx.array:
         x = self.self_attn(x, cache, tap)
         out = self.mlp(x, tap)
         tap("ffn_out", out - x)
@@ -212,13 +214,23 @@ class Model:
         """(B, L) -> (B, L, D)"""
         return embed_ops(self.embed_tokens, tokens).astype(self.dtype)
 
-    def hidden_states(self, tokens: mx.array, cache: LatentCache) -> mx.array:
+    def hidden_states(self, tokens: mx.array, cache: Cache) -> mx.array:
         """(B, L) -> (B, L, D) after the last layer; the cache then holds the tokens' rows."""
         x = self.embed(tokens)
         for layer in self.layers:
             x = layer(x, cache)
         cache.advance(tokens.shape[1])
         return x
+
+    def step(self, tokens: mx.array, position: mx.array, rows: Sequence[mx.array]) -> tuple[mx.array, list[mx.array]]:
+        """`hidden_states` and `logits` of the last token as a function of arrays alone, to be traced once.
+
+        tokens (B, L), position (1,) int32, rows: whole arrays of the cache with room for L more -> logits
+        (B, vocabulary), and the arrays with the new rows.
+        """
+        cache = TracedCache(rows, position)
+        hidden = self.hidden_states(tokens, cache)
+        return self.logits(hidden[:, -1:])[:, 0], cache.rows
 
     def logits(self, x: mx.array) -> mx.array:
         """(B, L, D) -> (B, L, vocabulary) float32"""

@@ -1,10 +1,11 @@
 """Absorbed multi-head latent attention: every head attends to one shared latent row per position.
 
-mla_decode(q_latent, q_pe, cache, scale) -> out, and the same with `_ops`
+mla_decode(q_latent, q_pe, cache, scale, context) -> out, and the same with `_ops`
     q_latent  (B, H, L, R)      q_nope absorbed through k_b
     q_pe      (B, H, L, P)      rotated
-    cache     (B, S, R + P)     [latent | k_pe], rotated; all rows valid, the last L are those of the queries
+    cache     (B, S, R + P)     [latent | k_pe], rotated; the last L valid rows are those of the queries
     scale     1 / sqrt(qk_head_dim), times YaRN's mscale squared
+    context   (1,) int32        how many rows are valid, or None: all S
     out       (B, H, L, R)      dtype of q_latent; softmax and sums in float32
 
 Query i sees all rows but the last L - 1 - i. The value is a view of the key: the first R columns of the cache. Source:
@@ -29,14 +30,16 @@ ROWS_OF_SPLIT, MAX_SPLITS = 32, 64  # rows that are worth a threadgroup of their
 COMBINE_THREADS = 128
 
 
-def mla_decode_ops(q_latent: mx.array, q_pe: mx.array, cache: mx.array, scale: float) -> mx.array:
+def mla_decode_ops(
+    q_latent: mx.array, q_pe: mx.array, cache: mx.array, scale: float, context: mx.array | None = None
+) -> mx.array:
     batch, heads, length, latent_dim = q_latent.shape
     rows = cache.astype(mx.float32)
     # All heads share the cache, so they are rows of one matmul.
     q = mx.concatenate([q_latent, q_pe], axis=-1).astype(mx.float32) * scale
     scores = (q.reshape(batch, heads * length, -1) @ rows.swapaxes(-1, -2)).reshape(batch, heads, length, -1)
-    if length > 1:
-        offset = rows.shape[1] - length
+    if length > 1 or context is not None:
+        offset = (rows.shape[1] if context is None else context) - length
         visible = mx.arange(rows.shape[1]) <= (offset + mx.arange(length))[:, None]
         scores = mx.where(visible, scores, -mx.inf)
     probabilities = mx.softmax(scores, axis=-1).reshape(batch, heads * length, -1)
@@ -44,17 +47,19 @@ def mla_decode_ops(q_latent: mx.array, q_pe: mx.array, cache: mx.array, scale: f
     return out.reshape(batch, heads, length, latent_dim).astype(q_latent.dtype)
 
 
-def mla_decode(q_latent: mx.array, q_pe: mx.array, cache: mx.array, scale: float) -> mx.array:
+def mla_decode(
+    q_latent: mx.array, q_pe: mx.array, cache: mx.array, scale: float, context: mx.array | None = None
+) -> mx.array:
     batch, heads, length, latent_dim = q_latent.shape
     rope_dim = q_pe.shape[-1]
     back_end = launcher.back_end("mla_decode") if batch == 1 and length <= launcher.MAX_TOKENS else None
     tiny = min(q_latent.size, q_pe.size, cache.size) < 8  # MLX hands Metal these as `constant`
     if back_end is None or latent_dim % 2 or rope_dim % 2 or tiny:
-        return mla_decode_ops(q_latent, q_pe, cache, scale)
+        return mla_decode_ops(q_latent, q_pe, cache, scale, context)
     rows = cache.shape[1]
     splits = 1 << max(0, min(MAX_SPLITS, rows // ROWS_OF_SPLIT).bit_length() - 1)
     attend, combine = _launches(back_end, heads, length, latent_dim, rope_dim, splits, q_latent.dtype, scale)
-    partial, state = attend(q_latent, q_pe, cache, mx.array([rows], mx.int32))
+    partial, state = attend(q_latent, q_pe, cache, mx.array([rows], mx.int32) if context is None else context)
     return combine(partial, state)[0].reshape(q_latent.shape)
 
 

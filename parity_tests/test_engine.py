@@ -38,6 +38,15 @@ def test_greedy_tokens_equal_a_run_without_cache_or_look_ahead(model: Model) -> 
     assert generate(Engine(model, chunk=4), prompt, 12) == greedy_by_hand(model, prompt, 12)
 
 
+def test_a_traced_step_gives_the_tokens_of_an_eager_one_while_the_cache_grows(model_file: MakeModel) -> None:
+    """What a GPU traces once, here run without the tracing: it sees whole arrays and the position as an array."""
+    long = load_whole(model_file(TinySpec(context_length=600)))
+    eager, traced = Engine(long), Engine(long)
+    traced._step = long.step
+    for prompt, count in ((tokens(3), 280), (tokens(9), 10)):  # past the first 256 rows; then a cache to cut back
+        assert generate(traced, prompt, count) == generate(eager, prompt, count)
+
+
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_it_yields_as_many_tokens_as_asked(model: Model, count: int) -> None:
     assert len(generate(Engine(model), tokens(3), count)) == count
