@@ -103,10 +103,11 @@ def planes(weight: Weight) -> tuple[mx.array, ...]:
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel with everything but its arrays. op, inputs, weights and defines are what `prepare` was given."""
+    """A kernel with everything but its arrays. op, inputs, writes, weights and defines are what `prepare` was given."""
 
     op: str
     inputs: tuple[str, ...]
+    writes: tuple[str, ...]
     weights: dict[str, Kind]
     defines: dict[str, str]
     kernel: Callable[..., list[mx.array]]
@@ -163,11 +164,17 @@ def prepare(
     simdgroups: int,
     defines: Mapping[str, str] | None = None,
     threadgroup_bytes: int = 0,
+    writes: Sequence[str] = (),
 ) -> Launch:
     """The launch of `<op>.metal` with so many threadgroups of so many simdgroups.
 
     weights: by the name that the text has for each, in capitals; its planes become inputs. defines: more names for the
     text. Raises KernelRefusedError, naming the op, for what Metal or CUDA could not run.
+
+    writes: inputs that the kernel writes, which the text says too: its first line is `// writes: `, then their names
+    with commas between. MLX does not know of such a write. So a launch must get these arrays row-contiguous (of any
+    other MLX makes a copy, and that would be written), no other array may share their memory, and what reads them
+    afterwards must depend on an output of the launch.
     """
     names = [*inputs]
     lines = [f"#define {name} {value}\n" for name, value in (defines or {}).items()]
@@ -189,6 +196,7 @@ def prepare(
     own = HERE / f"{op}.h.metal"
     header = _text("quants.h.metal") + (own.read_text() if own.exists() else "") + "".join(lines)
     body = _text(f"{op}.metal")
+    _check_writes(op, body, inputs, writes)
     if back_end is mx.fast.cuda_kernel:
         # CUDA's word for a threadgroup's array differs from its word for a pointer to one, which is none.
         body = re.sub(r"^(\s*)threadgroup (?=\w+ \w+\[)", r"\1__shared__ ", body, flags=re.MULTILINE)
@@ -199,6 +207,7 @@ def prepare(
     return Launch(
         op,
         tuple(inputs),
+        tuple(writes),
         dict(weights),
         dict(defines or {}),
         kernel,
@@ -214,6 +223,16 @@ def depth(cols: int, lanes: int, most: int) -> int:
     """How many chunks of a row each of its lanes loads in one go: at most `most`, and so that no turn is half empty."""
     turns = -(-cols // (8 * lanes))
     return max(d for d in range(1, most + 1) if turns % d == 0)
+
+
+def _check_writes(op: str, body: str, inputs: Sequence[str], writes: Sequence[str]) -> None:
+    line = re.match("// writes: (.*)\n", body)
+    in_text = [name.strip() for name in line[1].split(",")] if line else []
+    if set(in_text) != set(writes):
+        why = f"writes {', '.join(writes) or 'no input'}; the first line of {op}.metal: {', '.join(in_text) or 'none'}"
+        raise KernelRefusedError(op, why)
+    if unknown := set(writes) - set(inputs):
+        raise KernelRefusedError(op, f"writes {', '.join(sorted(unknown))}; its inputs: {', '.join(inputs)}")
 
 
 @cache

@@ -112,6 +112,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "buffers": ({"inputs": [f"x{i}" for i in range(31)]}, "32 buffers; 31 at most"),
     "planes": ({"weights": {"W0": ("Q4_K", (64, 256))}}, "35 buffers; 31 at most"),
     "no threadgroups": ({"threadgroups": (3, 0, 1)}, r"an empty grid of \(3, 0, 1\) threadgroups"),
+    "writes": ({"writes": ["x0"]}, "writes x0; the first line of qmv.metal: none$"),
 }
 
 
@@ -131,6 +132,32 @@ def test_what_no_device_could_run_is_refused_by_name(what: str) -> None:
     change, why = REFUSED[what]
     with pytest.raises(launcher.KernelRefusedError, match=f"^qmv: {why}"):
         launcher.prepare(mx.fast.metal_kernel, "qmv", **{**fine, **change})
+
+
+@pytest.mark.parametrize(
+    ("writes", "why"),
+    [
+        (["x0", "x1"], None),
+        (["x1", "x0"], None),
+        ([], "writes no input; the first line of qmv.metal: x0, x1"),
+        (["x0"], "writes x0; the first line of qmv.metal: x0, x1"),
+        (["x0", "x1", "x2"], "writes x0, x1, x2; the first line of qmv.metal: x0, x1"),
+    ],
+    ids=str,
+)
+def test_a_launch_and_its_text_agree_on_what_is_written(
+    writes: list[str], why: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launcher, "_text", lambda name: "// writes: x0, x1\n" if name == "qmv.metal" else "")
+    given: dict[str, Any] = {"weights": {}, "outputs": {"y": ((8,), mx.float32)}, "template": {}}
+    given |= {"threadgroups": (1, 1, 1), "simdgroups": 1, "writes": writes}
+    if why:
+        with pytest.raises(launcher.KernelRefusedError, match=f"^qmv: {why}$"):
+            launcher.prepare(mx.fast.metal_kernel, "qmv", inputs=["x0", "x1", "x2"], **given)
+        return
+    assert launcher.prepare(mx.fast.metal_kernel, "qmv", inputs=["x0", "x1", "x2"], **given).writes == tuple(writes)
+    with pytest.raises(launcher.KernelRefusedError, match=r"^qmv: writes x1; its inputs: x0$"):
+        launcher.prepare(mx.fast.metal_kernel, "qmv", inputs=["x0"], **given)
 
 
 def test_too_many_matrices_are_refused_by_name() -> None:

@@ -50,7 +50,7 @@ class Call:
                 header=self.header,
             )
             outputs = kernel(
-                inputs=[a if isinstance(a, mx.array) else mx.array(a) for a in self.inputs.values()],
+                inputs=list(self.inputs.values()),
                 grid=self.grid,
                 threadgroup=self.threadgroup,
                 output_shapes=[(self.size,)] * len(self.outputs),
@@ -428,6 +428,136 @@ def test_good_kernel(name: str) -> None:
 def test_bad_kernel(name: str) -> None:
     with pytest.raises(KernelError, match=BAD[name].why):
         BAD[name].call.run()
+
+
+# Row at[0] of a cache of (6, 32) is written by the threadgroup that reads it back; each of three threadgroups, of one
+# simdgroup, sums two rows.
+APPEND = """// writes: cache
+const uint lane = thread_index_in_simdgroup;
+const uint row = threadgroup_position_in_grid.x * 2;
+device T* rows = (device T*)cache;
+if (row == uint(at[0]) || row + 1 == uint(at[0])) {
+  rows[uint(at[0]) * 32 + lane] = fresh[lane];
+}
+const float sum = simd_sum(float(rows[row * 32 + lane]) + float(rows[row * 32 + 32 + lane]));
+if (lane == 0) {
+  y[row / 2] = sum;
+}
+"""
+
+
+def append(body: str, cache: Any, more: dict[str, mx.array], mode: str = "trace") -> tuple[mx.array, LaunchReport]:
+    """y and the report of APPEND, or a body like it, that writes 100, 101, ... as row 3."""
+    dtype = cache.dtype if isinstance(cache, mx.array) else mx.float32
+    call = Call(
+        body,
+        inputs={"cache": cache, "fresh": mx.arange(100, 132).astype(dtype), "at": mx.array([3], mx.int32), **more},
+        size=3,
+        grid=(96, 1, 1),
+        threadgroup=(32, 1, 1),
+        template=(("T", dtype),),
+    )
+    (y,), report = call.run(mode)
+    return y, report
+
+
+@pytest.mark.parametrize("mode", ["trace", "fast"])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16], ids=str)
+def test_a_written_input_is_written_in_place(dtype: mx.Dtype, mode: str) -> None:
+    whole = mx.arange(8 * 32).astype(dtype).reshape(8, 32)
+    want = np.array(whole.astype(mx.float32))
+    want[1 + 3] = np.arange(100, 132)
+    y, _ = append(APPEND, whole[1:7], {}, mode)
+    np.testing.assert_array_equal(np.array(whole.astype(mx.float32)), want)
+    np.testing.assert_array_equal(np.array(y), want[1:7].reshape(3, 64).sum(-1))
+
+
+def test_traffic_counts_the_bytes_written_to_an_input() -> None:
+    _, report = append(APPEND, mx.zeros((6, 32)), {})
+    cache = report.buffer("cache")
+    assert (cache.size, cache.written, cache.unique_written, cache.read, cache.unique_read) == (768, 128, 128, 768, 768)
+
+
+@dataclass(frozen=True)
+class BadWrite:
+    why: str
+    body: str = APPEND
+    cache: Any = field(default_factory=lambda: mx.zeros((6, 32)))
+    more: dict[str, mx.array] = field(default_factory=dict)
+
+
+def saying(line: str) -> str:
+    return APPEND.replace("// writes: cache", line)
+
+
+def by_each_threadgroup(code: str) -> str:
+    setting = "uint g = threadgroup_position_in_grid.x; uint lane = thread_index_in_simdgroup;\n"
+    return "// writes: cache\n" + setting + "device T* rows = (device T*)cache; " + code
+
+
+WIDE, ALIASED = mx.zeros((6, 64)), mx.zeros((6, 32))
+BAD_WRITES = {
+    "no line": BadWrite(r"k\.metal:6: write to an input: byte 384 of 'cache'", saying("")),
+    "a line that is not the first": BadWrite("write to an input: byte 384 of 'cache'", "\n" + APPEND),
+    "a line that names another input": BadWrite("write to an input: .*'cache'", saying("// writes: fresh")),
+    "a line that names no input": BadWrite(
+        r"k\.metal:1: writes 'caches'; the inputs are cache, fresh, at$", saying("// writes: cache, caches")
+    ),
+    "a line that names an output": BadWrite("writes 'y'; the inputs are", saying("// writes: y")),
+    "a line that names nothing": BadWrite("writes ''; the inputs are", saying("// writes: ")),
+    "const not cast away": BadWrite("cannot initialize", APPEND.replace("(device T*)cache", "cache")),
+    "past the end": BadWrite(
+        "out of bounds: write of 4 bytes at byte 1152", APPEND.replace("* 32 + lane] =", "* 96 + lane] =")
+    ),
+    "another threadgroup reads it": BadWrite(
+        r"data race: write of byte 384 of 'cache', which thread 0 of threadgroup 0 read.*\(forward order\)",
+        APPEND.replace("= sum", "= sum + float(rows[(row * 32 + 96) % 192])"),
+    ),
+    "another threadgroup reads it afterwards": BadWrite(
+        r"data race: read of byte 384 of 'cache', which thread 0 of threadgroup 1 wrote.*\(forward order\)",
+        APPEND.replace("= sum", "= sum + float(rows[(row * 32 + 160) % 192])"),
+    ),
+    "all threadgroups read it, and the last one writes it": BadWrite(
+        r"data race: write of byte 0 of 'cache', which several threadgroups read.*\(forward order\)",
+        by_each_threadgroup("if (lane == 0) { y[g] = float(rows[0]); if (g == 2) rows[0] = T(1.0f); }"),
+    ),
+    "two threadgroups write it": BadWrite(
+        "data race: write of byte 0 of 'cache', which thread 0 of threadgroup 0 wrote",
+        by_each_threadgroup("if (lane == 0) { y[g] = 0.0f; rows[0] = T(1.0f); }"),
+    ),
+    "no barrier between lanes": BadWrite(
+        "data race: (read|write) of byte .* of 'cache', .* with no barrier between",
+        by_each_threadgroup(
+            "uint i = g * 32 + lane; rows[i] = T(1.0f); float v = simd_sum(float(rows[i ^ 1])); "
+            "if (lane == 0) y[g] = v;"
+        ),
+    ),
+    "columns of a wider array": BadWrite("'cache' is written and not row-contiguous", cache=WIDE[:, :32]),
+    "a transposed array": BadWrite(
+        "'cache' is written and not row-contiguous: a copy of it", cache=mx.zeros((32, 6), mx.bfloat16).T
+    ),
+    "no MLX array": BadWrite("'cache' is written and no MLX array: a copy", cache=np.zeros((6, 32), np.float32)),
+    "memory of another input": BadWrite(
+        "'cache' is written and shares memory with 'older'", cache=ALIASED, more={"older": ALIASED[:3]}
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_WRITES)
+def test_bad_write_to_an_input(name: str) -> None:
+    """Each is refused for its own reason, and has written nothing."""
+    case = BAD_WRITES[name]
+    with pytest.raises(KernelError, match=case.why):
+        append(case.body, case.cache, case.more)
+    assert not np.array(mx.array(case.cache).astype(mx.float32)).any()
+
+
+def test_each_order_starts_from_the_same_content() -> None:
+    cache = mx.ones((6, 32))
+    body = by_each_threadgroup("rows[g * 32 + lane] += T(1.0f); if (lane == 0) y[g] = float(rows[g * 32]);")
+    y, _ = append(body, cache, {})
+    assert np.array(y).tolist() == [2.0, 2.0, 2.0]
+    assert np.array(cache).tolist() == [[2.0] * 32] * 3 + [[1.0] * 32] * 3
 
 
 def test_private_memory_is_watched_in_fast_mode() -> None:

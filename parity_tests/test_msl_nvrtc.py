@@ -112,6 +112,11 @@ WORDS = {
         + "y[i] = T(q.sum + total(w, 32) + table[i & 3] + first(ids));",
         HELPERS,
     ),
+    "an input that is written": Call(
+        "// writes: x\n"
+        + IN_GRID
+        + "device float* rows = (device float*)x; rows[i] = float(halves[i]); y[i] = T(rows[i]);"
+    ),
     "attributes": Call(ATTRIBUTES + "y[i] = T(float(more));", grid=(8, 4, 2), threadgroup=(8, 4, 1)),
     "vectors": Call(
         IN_GRID

@@ -40,7 +40,7 @@ _Array = npt.NDArray[Any]
 _Outputs: TypeAlias = list[mx.array]
 _real_metal_kernel: Callable[..., Any] = mx.fast.metal_kernel
 _run_here: Callable[[str, Callable[..., Any], Sequence[Any], dict[str, Any]], _Outputs] | None = None  # in a block
-_INPUT, _OUTPUT = 0, 1
+_INPUT, _OUTPUT, _WRITTEN = 0, 1, 3
 
 
 class _Buffer(ctypes.Structure):  # simt.cpp explains these
@@ -106,7 +106,10 @@ def executing(mode: str = "trace", seed: int = 1) -> Iterator[list[LaunchReport]
 
     In the block MLX says that it has Metal and that its default device is the GPU (device.py). A kernel that was built
     in any such block is executed here; outside one it launches as usual. Inputs that are not row-contiguous are copied
-    first, as MLX does by default; a kernel that writes into an input (by casting const away) is refused.
+    first, as MLX does by default. A kernel that writes into an input (by casting const away) is refused, unless the
+    first line of its body says so: `// writes: cache`. Such an input is an output that begins with the array's content;
+    the array itself gets the new content when all orders have agreed. It must be row-contiguous and share no memory
+    with another input, or the launch is refused.
     """
     global _run_here
     if mode not in ("trace", "fast"):
@@ -129,10 +132,12 @@ def executing(mode: str = "trace", seed: int = 1) -> Iterator[list[LaunchReport]
 def _execute(
     name: str, kernel: Callable[..., Any], inputs: Sequence[Any], options: dict[str, Any], mode: str, seed: int
 ) -> tuple[_Outputs, LaunchReport]:
-    arrays = [mx.contiguous(a) for a in with_dimensions(name, inputs)]
+    given = with_dimensions(name, inputs)
+    arrays = [mx.contiguous(a) for a in given]
     launch = capture(name, kernel, arrays, options)
     unit = translate(launch)
     check(unit)
+    written = _written(unit, launch, inputs, given)
     initial = options.get("init_value")
     shapes, dtypes = options["output_shapes"], options["output_dtypes"]
 
@@ -140,17 +145,51 @@ def _execute(
     report = None
     for order in range(len(ORDERS) if mode == "trace" else 1):
         outputs = [np.full(s, initial or 0, _NUMPY[d]) for s, d in zip(shapes, dtypes, strict=True)]
-        counted = _run(unit, launch, _bind(unit, launch, arrays, outputs), mode, order, seed, initial is not None)
+        contents = {i: content.copy() for i, content in written.items()}
+        bound = _bind(unit, launch, arrays, contents, outputs)
+        counted = _run(unit, launch, bound, mode, order, seed, initial is not None)
         report = report or counted
+        made = [*outputs, *contents.values()]
         if first is None:
-            first = outputs
-        elif any(a.tobytes() != b.tobytes() for a, b in zip(first, outputs, strict=True)):
+            first = made
+        elif any(a.tobytes() != b.tobytes() for a, b in zip(first, made, strict=True)):
             raise KernelError(f"{name}: {ORDERS[order]} order of the lanes gives other bits than {ORDERS[0]} order")
     assert first is not None
     assert report is not None
+    for content, new in zip(written.values(), first[len(dtypes) :], strict=True):
+        content[...] = new
     return [
-        mx.array(a).view(mx.bfloat16) if d == mx.bfloat16 else mx.array(a) for a, d in zip(first, dtypes, strict=True)
+        mx.array(a).view(mx.bfloat16) if d == mx.bfloat16 else mx.array(a)
+        for a, d in zip(first[: len(dtypes)], dtypes, strict=True)
     ], report
+
+
+def _written(unit: Unit, launch: Launch, inputs: Sequence[Any], arrays: list[mx.array]) -> dict[int, _Array]:
+    """The memory of the inputs that the kernel says it writes, by their place; `arrays` are the inputs as arrays."""
+    if not unit.writes:
+        return {}
+    # Each input is followed in the signature by what it has of _shape, _strides and _ndim.
+    places = [0, *itertools.accumulate(1 + sum(more) for more in launch.with_shape)]
+    names = [unit.buffers[place] for place in places[:-1]]
+    memory = [np.array(_bits(a), copy=False) for a in arrays]
+    found = {}
+    for name in unit.writes:
+        if name not in names:
+            raise KernelError(f"{unit.name}.metal:1: writes {name!r}; the inputs are {', '.join(names)}")
+        i = names.index(name)
+        if not isinstance(inputs[i], mx.array):
+            raise KernelError(f"{unit.name}: {name!r} is written and no MLX array: a copy of it would be written")
+        if not memory[i].flags.c_contiguous:
+            raise KernelError(f"{unit.name}: {name!r} is written and not row-contiguous: a copy of it would be written")
+        for j, other in enumerate(memory):
+            if j != i and other.flags.c_contiguous and np.may_share_memory(memory[i], other):
+                raise KernelError(f"{unit.name}: {name!r} is written and shares memory with {names[j]!r}")
+        found[i] = memory[i]
+    return found
+
+
+def _bits(a: mx.array) -> mx.array:
+    return a.view(mx.uint16) if a.dtype == mx.bfloat16 else a
 
 
 def check(unit: Unit) -> None:
@@ -160,11 +199,13 @@ def check(unit: Unit) -> None:
         raise KernelError("\n".join(complaints))
 
 
-def _bind(unit: Unit, launch: Launch, inputs: list[mx.array], outputs: list[_Array]) -> list[tuple[str, _Array, int]]:
-    """Values for the buffers of the signature, in order: name, array, kind."""
+def _bind(
+    unit: Unit, launch: Launch, inputs: list[mx.array], written: dict[int, _Array], outputs: list[_Array]
+) -> list[tuple[str, _Array, int]]:
+    """Values for the buffers of the signature, in order: name, array, kind. written: by the place of the input."""
     values: list[tuple[_Array, int]] = []
-    for a, (shape, strides, ndim) in zip(inputs, launch.with_shape, strict=True):
-        values.append((np.array(a.view(mx.uint16) if a.dtype == mx.bfloat16 else a), _INPUT))
+    for i, (a, (shape, strides, ndim)) in enumerate(zip(inputs, launch.with_shape, strict=True)):
+        values.append((written[i], _WRITTEN) if i in written else (np.array(_bits(a)), _INPUT))
         row_major = [int(np.prod(a.shape[i + 1 :])) for i in range(a.ndim)]
         values += [(np.array(a.shape, np.int32), _INPUT)] if shape else []
         values += [(np.array(row_major, np.int64), _INPUT)] if strides else []

@@ -3,7 +3,8 @@
 // A lane runs until it meets a collective, a barrier or its end. When all lanes of its simdgroup (for a threadgroup
 // barrier: of its threadgroup) stand at the same place in the text, they go on; any other standstill is an error, never
 // a hang. In a build with checks, clang calls us before every load and store (-fsanitize-coverage), and a shadow of
-// every byte of the outputs and of threadgroup memory knows who touched it last and before which barrier.
+// every byte of the outputs, of inputs that are written and of threadgroup memory knows who touched it last and before
+// which barrier.
 // The first error ends the run. One OS thread; x86-64 and arm64 (the latter compiles, and has not been run).
 #include <cstdarg>
 #include <cstdint>
@@ -12,7 +13,7 @@
 #include <cstring>
 
 // ---- what Python passes (executor.py has the same structures) --------------------------------------------------------
-enum BufferKind : int32_t { INPUT, OUTPUT, SHARED };
+enum BufferKind : int32_t { INPUT, OUTPUT, SHARED, WRITTEN };  // WRITTEN: an input that the kernel may write
 struct Buffer {
   void* data;
   uint64_t size;       // bytes
@@ -95,12 +96,13 @@ struct Cell {  // shadow of one byte. A thread is its number in the grid + 1; an
   bool filled;
   bool many;  // several lanes of the reader's simdgroup have read since its last barrier
   bool wide;  // several simdgroups have read since the last threadgroup barrier
+  bool everywhere;  // several threadgroups have read
 };
 struct Region {
   char *begin, *end;
   const Buffer* buffer;
   BufferKind kind;
-  Array<Cell> cells;             // outputs and threadgroup memory
+  Array<Cell> cells;             // of all but inputs
   Array<uint8_t> seen, changed;  // a bit per byte, for the traffic report
   Array<uint32_t> visitor;       // of each line: the last threadgroup that touched it, + 1
   Traffic traffic;
@@ -278,6 +280,8 @@ void check(Region& r, char* address, unsigned size, bool is_write, const void* p
     const bool same_group = c.reader && group_of(c.reader) == group_of(me), current = same_group && c.read_epoch == now;
     const bool neighbour = current && simd_of(c.reader) == simd_of(me), recent = neighbour && c.read_simd_epoch == simd->epoch;
     if (is_write) {
+      if (c.everywhere)
+        return fail("data race", pc, "write of byte %ld of '%s', which several threadgroups read", offset, r.buffer->name);
       if (c.reader && (!same_group || (current && (c.wide || !neighbour || (recent && (c.many || c.reader != me)))))) {
         return fail("data race", pc, "write of byte %ld of '%s', which thread %u of threadgroup %u read with no barrier between",
                     offset, r.buffer->name, (c.reader - 1) % group_threads, group_of(c.reader));
@@ -285,6 +289,7 @@ void check(Region& r, char* address, unsigned size, bool is_write, const void* p
       c.writer = me, c.write_epoch = now, c.write_simd_epoch = simd->epoch, c.filled = true;
     } else {
       if (!c.filled) return fail("uninitialised read", pc, "byte %ld of '%s'", offset, r.buffer->name);
+      c.everywhere |= c.reader && !same_group;
       c.wide = current && (c.wide || !neighbour);
       c.many = recent && (c.many || c.reader != me);
       c.reader = me, c.read_epoch = now, c.read_simd_epoch = simd->epoch;
@@ -546,7 +551,7 @@ void add_region(char* begin, const Buffer* b) {
   r.begin = begin, r.end = begin + b->size, r.buffer = b, r.kind = (BufferKind)b->kind;
   memset(&r.traffic, 0, sizeof r.traffic);
   r.cells.reset(b->kind == INPUT ? 0 : b->size);
-  if (b->filled) for (uint64_t i = 0; i < b->size; ++i) r.cells[i].filled = true;
+  if (b->filled || r.kind == WRITTEN) for (uint64_t i = 0; i < b->size; ++i) r.cells[i].filled = true;
   if (run.collect) r.seen.reset(b->size / 8 + 1), r.changed.reset(b->size / 8 + 1), r.visitor.reset(b->size / LINE + 1);
 }
 uint64_t ones(Array<uint8_t>& bits) {
@@ -580,7 +585,7 @@ extern "C" int msl_run(const Launch* launch, char* text, uint64_t text_size, Tra
     if (!run.checked) continue;
     copies[i] = (char*)malloc(b.size + 2 * MARGIN + LINE);
     base[i] = (char*)(((uintptr_t)copies[i] + MARGIN + LINE - 1) / LINE * LINE);
-    if (b.kind == INPUT || b.filled) memcpy(base[i], b.data, b.size);
+    if (b.kind != OUTPUT || b.filled) memcpy(base[i], b.data, b.size);
     else memset(base[i], 0xFF, b.size);
     add_region(base[i], &b);
   }
@@ -600,7 +605,7 @@ extern "C" int msl_run(const Launch* launch, char* text, uint64_t text_size, Tra
 
   for (uint32_t i = 0; i < region_count; ++i) {
     Region& r = regions[i];
-    if (r.kind == OUTPUT) {
+    if (r.kind == OUTPUT || r.kind == WRITTEN) {
       uint64_t missing = 0, first = 0;
       for (uint64_t k = r.cells.size; k-- > 0;)
         if (!r.cells[k].filled) ++missing, first = k;

@@ -31,6 +31,12 @@ class Unit:
     check: str
     execute: str
 
+    @property
+    def writes(self) -> list[str]:
+        """Names of inputs that the kernel may write: its body begins with the line `// writes: a, b`."""
+        line = re.match("// writes: (.*)\n", self.body)
+        return [name.strip() for name in line[1].split(",")] if line else []
+
 
 def without_comments(text: str) -> str:
     """The same text with comments and strings blanked; every other character keeps its place."""
