@@ -503,6 +503,10 @@ BAD_WRITES = {
     "a line that names no input": BadWrite(
         r"k\.metal:1: writes 'caches'; the inputs are cache, fresh, at$", saying("// writes: cache, caches")
     ),
+    "a line that names the shape of an input": BadWrite(
+        "writes 'cache_shape'; the inputs are cache, fresh, at$",
+        saying("// writes: cache_shape\nint n = cache_shape[0];"),
+    ),
     "a line that names an output": BadWrite("writes 'y'; the inputs are", saying("// writes: y")),
     "a line that names nothing": BadWrite("writes ''; the inputs are", saying("// writes: ")),
     "const not cast away": BadWrite("cannot initialize", APPEND.replace("(device T*)cache", "cache")),
