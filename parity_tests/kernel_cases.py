@@ -186,7 +186,8 @@ class Case:
 
 
 def verify(case: Case, mode: str = "trace") -> None:
-    """Within its budget in float32; in 16 bits at most twice as far from the truth as MLX's own operations."""
+    """Within its budget in float32, and NaN where the truth is. In 16 bits at most twice as far from the truth as MLX's
+    own operations."""
     got = run(case.kernel, mode, case.launches)
     assert len(got) == len(case.exact)
     twin = _evaluated(case.twin()) if getattr(case, "dtype", mx.float32) != mx.float32 else got
@@ -195,7 +196,8 @@ def verify(case: Case, mode: str = "trace") -> None:
         if y.dtype == mx.uint32:
             np.testing.assert_array_equal(np.array(y), exact)
         elif y.dtype == mx.float32:
-            check("kernel", float64(y), exact, str(case))
+            np.testing.assert_array_equal(np.isnan(float64(y)), np.isnan(exact))
+            check("kernel", np.nan_to_num(float64(y), posinf=np.inf), np.nan_to_num(exact), str(case))
         else:
             check_twice(float64(y), exact, float64(own), str(case))
 
@@ -429,29 +431,39 @@ class Down(Experts):
 
 @dataclass(frozen=True)
 class Route(Case):
-    """logits: 'apart', no two choices near each other; 'ties', many equal."""
+    """bias: about this, near 9 in the real model; None for a model without.
+
+    logits: 'apart', no two choices near each other; 'ties', many equal; 'far', one of the second 32 alone, where exp
+    leaves float32; 'nan', some are, and all of the last token.
+    """
 
     experts: int
     top_k: int
     gating: Gating = "sigmoid"
     normalize: bool = True
-    bias: bool = True
-    logits: Literal["apart", "ties"] = "apart"
+    bias: float | None = 9.0
+    logits: Literal["apart", "ties", "far", "nan"] = "apart"
     tokens: int = 1
     scale: float = 1.8
     op: ClassVar[str] = "route"
 
     @cached_property
     def inputs(self) -> tuple[mx.array, mx.array | None]:
-        """Logits, and a bias near 9, as reported of the real model."""
         rng = np.random.default_rng(self.experts + self.top_k + self.tokens)
+        logits = np.stack([rng.permutation(self.experts) for _ in range(self.tokens)]) / self.experts * 6 - 3
+        bias = 0.3 * rng.standard_normal(self.experts)
         if self.logits == "ties":
-            logits = rng.integers(0, 3, (self.tokens, self.experts)).astype(np.float32)
-            bias = rng.integers(0, 2, self.experts).astype(np.float32)
-        else:
-            logits = np.stack([rng.permutation(self.experts) for _ in range(self.tokens)]) / self.experts * 6 - 3
-            bias = 9.03 + 0.3 * rng.standard_normal(self.experts)
-        bias_array = framed(mx.array(bias.astype(np.float32))) if self.bias else None
+            logits = rng.integers(0, 3, logits.shape).astype(np.float64)
+            bias = rng.integers(0, 2, bias.shape).astype(np.float64)
+        elif self.logits == "far":
+            logits[np.arange(self.tokens), 32 + np.arange(self.tokens)] = 200
+            logits[1:] -= 400
+        elif self.logits == "nan":
+            # The first of a lane is the best, and the next one of that lane is NaN.
+            logits[:, 1] = 4
+            logits[:, [0, 33 % self.experts, -1]] = np.nan
+            logits[-1] = np.nan
+        bias_array = None if self.bias is None else framed(mx.array((self.bias + bias).astype(np.float32)))
         return framed(mx.array(logits.astype(np.float32))), bias_array
 
     def kernel(self) -> Sequence[mx.array]:
@@ -468,12 +480,14 @@ class Route(Case):
             scores = np.exp(float64(logits) - float64(logits).max(axis=-1, keepdims=True))
             scores /= scores.sum(axis=-1, keepdims=True)
         choices = scores if bias is None else scores + float64(bias)
+        choices = np.where(np.isnan(choices), -np.inf, choices)  # chosen last
         experts = np.argsort(-choices, axis=-1, kind="stable")[:, : self.top_k]
-        gaps = -np.diff(-np.sort(-choices, axis=-1)[:, : self.top_k + 1])
-        assert self.logits == "ties" or gaps.min() > NEAR_TIE, "float32 may order these the other way"
+        if self.logits in ("apart", "far"):
+            gaps = np.diff(np.sort(-choices, axis=-1)[:, : self.top_k + 1])
+            assert gaps.min() > NEAR_TIE, "float32 may order these the other way"
         weights = np.take_along_axis(scores, experts, axis=-1)
         if self.normalize:
-            weights /= weights.sum(axis=-1, keepdims=True)
+            weights /= weights.sum(axis=-1, keepdims=True) + 1e-20
         return [experts, weights * self.scale]
 
 

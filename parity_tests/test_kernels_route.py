@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from kernels.route import Gating, route
-from parity_tests.kernel_cases import Route, float64, run, verify
+from parity_tests.kernel_cases import Route, bits, float64, run, verify
 
 EXPERTS = (8, 31, 32, 33, 48, 64, 160, 255, 256)
 GATINGS: tuple[Gating, ...] = ("sigmoid", "softmax")
@@ -13,21 +13,25 @@ PLAIN = [
     Route(experts, top_k, gating, normalize, bias, tokens=1 + (i + top_k) % 8)
     for i, experts in enumerate(EXPERTS)
     for top_k, gating, normalize, bias in (
-        (4, "sigmoid", True, True),
-        (6, "softmax", False, False),
-        (1 + i % 3, "softmax", True, bool(i % 2)),
-        (8, "sigmoid", bool(i % 2), False),
+        (4, "sigmoid", True, 9.03),
+        (6, "softmax", False, None),
+        (1 + i % 3, "softmax", True, -4.0),
+        (8, "sigmoid", bool(i % 2), None),
     )
 ]
 TIES = [
     Route(experts, 7, gating, logits="ties", bias=bias, tokens=5)
     for experts in EXPERTS
     for gating in GATINGS
-    for bias in (True, False)
+    for bias in (0.0, None)
 ]
 
 
-@pytest.mark.parametrize("case", PLAIN, ids=str)
+NAN = [Route(experts, 5, bias=bias, logits="nan", tokens=4) for experts in EXPERTS for bias in (-4.0, None)]
+FAR = [Route(experts, 1, "softmax", bias=None, logits="far", tokens=2) for experts in EXPERTS if experts > 33]
+
+
+@pytest.mark.parametrize("case", [*PLAIN, *NAN, *FAR], ids=str)
 def test_agrees_with_float64(case: Route) -> None:
     verify(case)
 
@@ -48,17 +52,17 @@ def test_no_bias_no_weight_no_scale_is_lost(gating: Gating) -> None:
     assert np.array(weights).tolist() == [[1.0], [1.0]]
 
 
-@pytest.mark.parametrize("bias", [None, np.linspace(0, 1, 64, dtype=np.float32)])
-def test_nan_is_chosen_last_and_shows(bias: np.ndarray | None) -> None:
-    """One NaN does not reach the weights of the others; a row of NaN gives NaN, and experts that exist."""
-    logits = np.random.default_rng(0).standard_normal((3, 64)).astype(np.float32)
-    b = None if bias is None else mx.array(bias)
-    clean = run(lambda: route(mx.array(logits), b, 4, "sigmoid", True, 1.8))
-    worst = np.argsort(logits[1])[0]
-    logits[1, worst] = np.nan
-    logits[2] = np.nan
-    experts, weights = run(lambda: route(mx.array(logits), b, 4, "sigmoid", True, 1.8))
-    assert np.array(experts)[:2].tolist() == np.array(clean[0])[:2].tolist()
-    assert np.array(weights)[:2].tolist() == np.array(clean[1])[:2].tolist()
-    assert np.isnan(float64(weights)[2]).all()
-    assert sorted(set(np.array(experts)[2].tolist())) == [0, 1, 2, 3]
+@pytest.mark.parametrize("gating", GATINGS)
+@pytest.mark.parametrize("bias", [9.0, None])
+def test_a_token_of_nan_shows_and_the_others_do_not_change(gating: Gating, bias: float | None) -> None:
+    """Its weights are NaN, and its experts exist."""
+    case = Route(64, 4, gating, bias=bias, tokens=3)
+    logits, b = case.inputs
+    clean = run(case.kernel)
+    spoilt = np.array(logits)
+    spoilt[1] = np.nan
+    experts, weights = run(lambda: route(mx.array(spoilt), b, 4, gating, True, 1.8))
+    assert np.isnan(float64(weights)[1]).all()
+    assert np.array(experts)[1].tolist() == [0, 1, 2, 3]
+    for got, same in zip((experts, weights), clean, strict=True):
+        assert bits(got[::2]) == bits(same[::2])
