@@ -5,12 +5,9 @@ an early Ctrl-C are answered at once.
 """
 
 import argparse
-import io
-import os
 import sys
-from typing import NoReturn
 
-from glm_mlx.errors import InputError
+from glm_mlx.command import Parser, run
 
 DESCRIPTION = "Generate text with GLM-4.7-Flash, or another model of its architecture, from a GGUF file."
 EXAMPLES = """\
@@ -25,14 +22,8 @@ Exit codes: 0 done, 2 something you gave cannot be used, 130 stopped with Ctrl-C
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        print(f"error: {message}; see -h", file=sys.stderr)
-        sys.exit(2)
-
-
 def build_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="python -m glm_mlx.generate",
         description=DESCRIPTION,
         epilog=EXAMPLES,
@@ -94,45 +85,13 @@ def _bias(text: str) -> tuple[int, float]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    _open_streams()
-    try:
+    def work() -> int:
         args = build_parser().parse_args(argv)
         from glm_mlx import session
 
         return session.run(args)
-    except InputError as error:
-        return _error(str(error))
-    except ImportError as error:  # mlx itself installs on Linux without anything to run on
-        return _error(f"MLX does not start: {error}; on Linux install one back end: pip install '.[cpu]'")
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # the reader of a pipe has enough; a second complaint at exit must not follow
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return _error(f"cannot go on: {error}; check the disk that the output goes to")
-    except (MemoryError, RuntimeError) as error:
-        if "allocate" not in str(error) and not isinstance(error, MemoryError):
-            raise
-        return _error(f"out of memory: {error}; use a shorter prompt, close other programs, or take a smaller file")
 
-
-def _error(line: str) -> int:
-    print(f"error: {line}", file=sys.stderr)
-    return 2
-
-
-def _open_streams() -> None:
-    """Standard streams that can take any text; a closed one becomes the null device."""
-    if sys.stdout is None:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for the life of the process
-    if sys.stderr is None:
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace"), (sys.stderr, "replace")):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors=errors)
+    return run(work)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from glm_mlx.hub import resolve
 from glm_mlx.load import Loaded, load_model
 from glm_mlx.model import decode_bytes
 from glm_mlx.sampling import SamplingParams
+from glm_mlx.self_test import leave_broken_kernels
 from glm_mlx.small import SMALL_MODEL
 
 STDERR = Console(stderr=True, highlight=False, emoji=False)
@@ -48,6 +49,8 @@ def run(args: argparse.Namespace) -> int:
     _check(args)
     prompt = None if args.chat else _prompt(args)
     loaded = load_model(_model_path(args))
+    for line in leave_broken_kernels(loaded.model, loaded.weights):
+        STDERR.print(line, markup=False, soft_wrap=True)
     talk = _Talk(loaded, args, _sampling(args, loaded))
     if args.verbose:
         _describe(loaded, talk.params)

@@ -131,15 +131,6 @@ class Launch:
             output_dtypes=self.output_dtypes,
         )
 
-    def weights_among(self, arrays: Sequence[mx.array]) -> list[Weight]:
-        """The weights, in order, whose planes are among the arrays of a call."""
-        left, found = iter(arrays[len(self.inputs) :]), list[Weight]()
-        for kind_name, shape in self.weights.values():
-            mine = {name: next(left) for name in _struct(kind_name, shape[-1])[1]}
-            dense = kind_name in _DENSE_TEXT
-            found.append(mine["values"] if dense else QuantizedTensor(QUANT_TYPES[kind_name], shape, **mine))
-        return found
-
 
 @contextmanager
 def recording() -> Iterator[list[tuple[Launch, tuple[mx.array, ...]]]]:

@@ -1,0 +1,147 @@
+"""What `doctor` does once its arguments are read: check every variant, print a table and a paragraph, write JSON."""
+
+import argparse
+import json
+import os
+import platform
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import mlx.core as mx
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from glm_mlx.compositions import COMPOSITIONS, NARROW, WIDTHS
+from glm_mlx.errors import InputError
+from glm_mlx.gguf import shown
+from glm_mlx.isolation import Isolated, LostError, Rows, Variant
+from glm_mlx.make_tiny import make_tiny
+from glm_mlx.self_test import remembered_failures
+from kernels import launcher
+from kernels.check import Result, machine
+
+NO_GPU = "There is no GPU here. Kernels need one: Metal or CUDA. These are their twins, in MLX's own operations."
+NAMED = 8  # variants that do not work, in the paragraph; --json has them all
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.json is not None:
+        _check_writable(args.json)
+    on_gpu = any(launcher.back_end(op) is not None for op in launcher.OPS)
+    found = _check_all(on_gpu, timed=not args.compile_only)
+    conditions = {**machine(), "glm-mlx": _own_version(), "python": platform.python_version()}
+    remembered = remembered_failures() if on_gpu else {}
+    report = _paragraph(conditions, found, remembered)
+    console = Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else 120)
+    console.print(_table(conditions, found))
+    if not on_gpu:
+        console.print(NO_GPU, soft_wrap=True)
+    console.print(f"\nFor a bug report:\n\n{report}", soft_wrap=True, markup=False)
+    if args.json is not None:
+        whole = {
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "machine": conditions,
+            "report": report,
+            "remembered": remembered,
+            "variants": [{**asdict(variant), **asdict(result)} for variant, result in found.items()],
+        }
+        args.json.write_text(json.dumps(whole, indent=1, allow_nan=False) + "\n")
+    if args.compile_only:
+        return 0 if all(result.compiles for result in found.values()) else 1
+    return 1 if any(result.error for result in found.values()) else 0
+
+
+def _check_writable(path: Path) -> None:
+    """Before the work and not after it."""
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise InputError(f"cannot write {shown(path)}; name another file with --json")
+
+
+def _check_all(on_gpu: bool, timed: bool) -> dict[Variant, Result]:
+    """Every variant once, by small models of every composition; on a CPU narrow ones, in float32 as the product."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    checks = Isolated() if on_gpu else Rows()
+    found: dict[Variant, Result] = {}
+    try:
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as bar,
+        ):
+            for composition in bar.track(COMPOSITIONS, description=""):
+                spec = replace(WIDTHS if on_gpu else NARROW, **composition.changes)
+                file = make_tiny(Path(folder) / f"{composition.name}.gguf", spec)
+                for dtype in composition.dtypes if on_gpu else (mx.float32,):
+                    try:
+                        variants = checks.open(file, dtype)
+                    except LostError as lost:
+                        found[Variant("-", f"a model of {composition.name}", str(dtype))] = Result(
+                            False, None, str(lost)
+                        )
+                        continue
+                    for index, variant in enumerate(variants):
+                        bar.update(bar.task_ids[0], description=f"{composition.name}: {variant.op}")
+                        if variant not in found:
+                            found[variant] = checks.check(index, timed)
+                file.unlink()
+    finally:
+        checks.close()
+    return dict(sorted(found.items(), key=lambda item: ("-", *launcher.OPS).index(item[0].op)))
+
+
+def _table(conditions: Mapping[str, str], found: Mapping[Variant, Result]) -> Table:
+    table = Table(
+        *("op", "variant", "activations", "compiles", "agrees", "µs", "GB/s"),
+        title=f"{_where(conditions)}, MLX {conditions['mlx']}",
+    )
+    for column in table.columns[5:]:
+        column.justify = "right"
+    for variant, result in found.items():
+        yes, no = "yes", "[bold red]NO[/]"
+        compiles = "-" if result.compiles is None else yes if result.compiles else no
+        agrees = yes if result.agrees else no if result.agrees is False else "-"
+        table.add_row(
+            variant.op,
+            variant.what,
+            variant.activations,
+            compiles,
+            "[bold red]does not run[/]" if result.compiles and result.agrees is None else agrees,
+            "-" if result.microseconds is None else f"{result.microseconds:.1f}",
+            "-" if result.gb_s is None else f"{result.gb_s:.1f}",
+        )
+    return table
+
+
+def _where(conditions: Mapping[str, str]) -> str:
+    return f"{conditions['device']} ({conditions['back end']}), {conditions['os']}"
+
+
+def _paragraph(conditions: Mapping[str, str], found: Mapping[Variant, Result], remembered: Mapping[str, str]) -> str:
+    """Everything that someone without this device must know, in one paragraph."""
+    versions = ", ".join(f"{name} {conditions[name]}" for name in ("mlx", "glm-mlx", "python", "kernels"))
+    parts = [f"glm-mlx doctor on {_where(conditions)}; {versions}."]
+    wrong = [(variant, result.summary) for variant, result in found.items() if result.error]
+    if all(result.compiles is None for result in found.values()):
+        parts.append(f"No GPU: no kernel was tried; {len(found) - len(wrong)} of {len(found)} twins ran.")
+    else:
+        compiled, agree = (sum(bool(getattr(r, key)) for r in found.values()) for key in ("compiles", "agrees"))
+        parts.append(f"Of {len(found)} variants {compiled} compile, {agree} run and agree with their twins.")
+    parts += [f"{v.op}: {v.what}, {v.activations}: {error}." for v, error in wrong[:NAMED]]
+    if len(wrong) > NAMED:
+        more = {variant.op for variant, _ in wrong[NAMED:]}
+        parts.append(f"{len(wrong) - NAMED} more of {', '.join(sorted(more))} do not work.")
+    parts += [f"generate remembers {what}: {error}." for what, error in remembered.items()]
+    return " ".join(parts)
+
+
+def _own_version() -> str:
+    try:
+        return version("glm-mlx")
+    except PackageNotFoundError:  # run from a folder without being installed
+        return "unknown"

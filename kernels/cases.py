@@ -1,0 +1,188 @@
+"""Calls of the ops of this folder as a model makes them, each to be tried on its own: what `kernels.check` checks."""
+
+import inspect
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, is_dataclass
+from functools import wraps
+from itertools import groupby
+from types import ModuleType
+from typing import Any
+
+import mlx.core as mx
+
+from kernels import launcher
+from kernels.planes import QuantizedTensor
+
+FLOATS = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call of a public function of `kernels.<op>`, for so many tokens.
+
+    arguments: by the function's names for them; those named in `activations` are random, the others the model's own.
+    """
+
+    function: Callable[..., Any]
+    arguments: Mapping[str, Any]
+    activations: tuple[str, ...]
+    tokens: int
+
+    @property
+    def op(self) -> str:
+        return self.function.__module__.rpartition(".")[2]
+
+    def run(self) -> list[mx.array]:
+        return _outputs(self.function(**self.arguments))
+
+    def expected(self) -> list[mx.array]:
+        """What the twins give for the same values in float32."""
+        exact = {name: self.arguments[name].astype(mx.float32) for name in self.activations}
+        with launcher.avoiding():
+            return _outputs(self.function(**{**self.arguments, **exact}))
+
+    def launches(self) -> list[launcher.Launch]:
+        """What `run` would launch; nothing where the op leaves this call to its twin. Raises KernelRefusedError."""
+        with launcher.recording() as seen:
+            self.run()
+        return [launch for launch, _ in seen]
+
+    @property
+    def has_kernel(self) -> bool:
+        """Whether the op has one for this call; one that is refused counts."""
+        try:
+            return bool(self.launches())
+        except launcher.KernelRefusedError:
+            return True
+
+    @property
+    def types(self) -> tuple[str, ...]:
+        """Of the weights, as in GGUF."""
+        return tuple(_type(weight) for weight in self._weights())
+
+    @property
+    def variant(self) -> str:
+        """What the text of the kernel turns on but for shapes: "qmv_all Q4_0 + Q8_0, norm"."""
+        types = [(kind, len(list(group))) for kind, group in groupby(self.types)]
+        words = [" + ".join(kind if count == 1 else f"{count} x {kind}" for kind, count in types)]
+        parameters = inspect.signature(self.function).parameters
+        for name, value in self.arguments.items():
+            if isinstance(value, str):
+                words.append(value)
+            elif value is not None and parameters[name].default is None:
+                words.append(name)
+        what = ", ".join(filter(None, words))
+        return what if self.function.__name__ == self.op else f"{self.function.__name__} {what}"
+
+    @property
+    def shapes(self) -> str:
+        """Of the weights; of the activations where there are none."""
+        shapes = [w.shape for w in self._weights()] or [self.arguments[name].shape for name in self.activations]
+        return ", ".join("x".join(map(str, shape)) for shape in shapes)
+
+    @property
+    def dtype(self) -> str:
+        """Of the activations."""
+        return str(self.arguments[self.activations[0]].dtype).removeprefix("mlx.core.")
+
+    @property
+    def nbytes(self) -> int:
+        """What the kernel must read and write: of a bank of experts those that are chosen."""
+        arrays = [value for value in self.arguments.values() if isinstance(value, mx.array)]
+        chosen = next((a.size for a in arrays if mx.issubdtype(a.dtype, mx.integer) and a.ndim == 2), None)
+        weights = self._weights()
+        with launcher.avoiding():
+            written = self.run()
+        total = sum(a.nbytes for a in (*arrays, *written) if all(a is not w for w in weights))
+        for w in weights:
+            total += w.nbytes if chosen is None or len(w.shape) < 3 else w.nbytes // w.shape[0] * chosen
+        return total
+
+    @property
+    def signature(self) -> Hashable:
+        return _signature((self.function.__qualname__, self.arguments))
+
+    def _weights(self) -> list[Any]:
+        """The matrices among the arguments."""
+        return [w for name, value in self.arguments.items() if name not in self.activations for w in _matrices(value)]
+
+
+@contextmanager
+def calls(module: ModuleType, weights: Iterable[mx.array], tokens: int) -> Iterator[list[Case]]:
+    """Within the block the calls of ops that the module makes come to the list, each once, and its twin answers.
+
+    A call whose arguments have the same types, shapes and values is the same. weights: arrays that are the model's own
+    in any call; all other arrays of floats become random, so nothing of the model has to be computed.
+    """
+    own = {id(weight) for weight in weights}
+    seen: dict[Hashable, tuple[Case, Any]] = {}
+    found: list[Case] = []
+
+    def noting(function: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(function)
+        def call(*args: Any, **options: Any) -> Any:
+            given = inspect.signature(function).bind(*args, **options).arguments
+            activations = tuple(name for name, value in given.items() if _is_floats(value) and id(value) not in own)
+            signature = Case(function, given, activations, tokens).signature
+            if signature not in seen:
+                random = {name: _random(given[name], len(found), i) for i, name in enumerate(activations)}
+                case = Case(function, {**given, **random}, activations, tokens)
+                with launcher.avoiding():
+                    seen[signature] = case, function(**case.arguments)
+                found.append(case)
+            return seen[signature][1]
+
+        return call
+
+    ops = {f"kernels.{op}" for op in launcher.OPS}
+    before = {
+        name: value
+        for name, value in vars(module).items()
+        if inspect.isfunction(value) and value.__module__ in ops and not name.endswith("_ops")
+    }
+    try:
+        for name, function in before.items():
+            setattr(module, name, noting(function))
+        yield found
+    finally:
+        for name, function in before.items():
+            setattr(module, name, function)
+
+
+def _is_floats(value: Any) -> bool:
+    return isinstance(value, mx.array) and value.dtype in FLOATS
+
+
+def _random(like: mx.array, *seed: int) -> mx.array:
+    values: mx.array = mx.random.normal(like.shape, key=mx.random.key(seed[0] << 8 | seed[1]))
+    return values.astype(like.dtype)
+
+
+def _matrices(value: Any) -> list[Any]:
+    if isinstance(value, QuantizedTensor) or (_is_floats(value) and value.ndim > 1):
+        return [value]
+    return [w for item in value for w in _matrices(item)] if isinstance(value, list | tuple) else []
+
+
+def _type(weight: Any) -> str:
+    return weight.type.name if isinstance(weight, QuantizedTensor) else FLOATS[weight.dtype]
+
+
+def _outputs(value: mx.array | Sequence[mx.array | None]) -> list[mx.array]:
+    return [value] if isinstance(value, mx.array) else [y for y in value if y is not None]
+
+
+def _signature(value: Any) -> Hashable:
+    """Equal for arguments that make the same launch."""
+    if isinstance(value, mx.array):
+        return tuple(value.shape), str(value.dtype)
+    if isinstance(value, QuantizedTensor):
+        return value.type.name, value.shape
+    if isinstance(value, Mapping):
+        return tuple((name, _signature(item)) for name, item in value.items())
+    if isinstance(value, list | tuple):
+        return tuple(map(_signature, value))
+    if is_dataclass(value):
+        return tuple(_signature(getattr(value, field.name)) for field in fields(value))
+    return str(value) if isinstance(value, mx.Dtype) else value
