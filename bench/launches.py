@@ -26,10 +26,13 @@ def primitives(*arrays: mx.array) -> Counter[str]:
 
 def decode_step(model: Model) -> Counter[str]:
     """The primitives of one greedy token on the default device, with a cache that need not grow."""
-    cache = model.new_cache()
+    cache, token = model.new_cache(), mx.zeros((1, 1), mx.int32)
     mx.eval(model.hidden_states(mx.zeros((1, 2), mx.int32), cache))
     mx.eval([rows for rows in cache.rows if rows is not None])
-    logits = model.logits(model.hidden_states(mx.zeros((1, 1), mx.int32), cache))[:, 0]
+    if mx.default_device() == mx.Device(mx.gpu):  # as the engine does
+        logits, _ = model.step(token, mx.array([cache.offset], mx.int32), cache.reserve(1))
+    else:
+        logits = model.logits(model.hidden_states(token, cache))[:, 0]
     return primitives(Sampler(SamplingParams(temperature=0), model.cfg.vocab_size, [[]])(logits).token)
 
 

@@ -12,12 +12,13 @@ import mlx.core as mx
 import numpy as np
 
 from bench.synthetic import config, random_weight
+from glm_mlx.model import rope_wavelengths
 from kernels import launcher
 from kernels.experts_down import experts_down
 from kernels.experts_gate_up import experts_gate_up, swiglu_ops
-from kernels.mla_decode import mla_decode
+from kernels.mla_decode import latent_rows_ops, mla_decode, rope
 from kernels.planes import GROUP, QUANT_TYPES, SUPER, QuantizedTensor, Weight, group_scales
-from kernels.qmv import Norm, head_qmv, qmv, qmv_all
+from kernels.qmv import Norm, absorb, merge_heads, qmv, qmv_all
 from kernels.route import route
 
 CFG = config()
@@ -228,31 +229,49 @@ def _qmv_case(matrices: _Matrices, quant: str, dtype: mx.Dtype, sizes: Sizes) ->
     )
 
 
-def head_qmv_cases(quant: str, dtype: mx.Dtype, sizes: Sizes) -> Iterator[Case]:
+def heads_cases(quant: str, dtype: mx.Dtype, sizes: Sizes) -> Iterator[Case]:
     """The matrices with a part for each head: into the latent space, and out of it."""
-    latent = CFG.kv_lora_rank
-    for name, rows, cols in (("k_b", latent, CFG.qk_nope_head_dim), ("v_b", CFG.v_head_dim, latent)):
+    heads, latent = CFG.num_heads, CFG.kv_lora_rank
+    cases: tuple[tuple[str, Callable[[mx.array, Weight], mx.array], int, int, tuple[int, ...]], ...] = (
+        ("k_b", absorb, latent, CFG.qk_nope_head_dim, (1, 1, heads * CFG.qk_head_dim)),
+        ("v_b", merge_heads, CFG.v_head_dim, latent, (1, heads, 1, latent)),
+    )
+    for name, call, rows, cols, x_shape in cases:
         if fits(quant, cols):
-            yield _head_qmv_case(name, quant, dtype, (CFG.num_heads, rows, cols), sizes)
+            yield _heads_case(name, call, quant, dtype, (heads, rows, cols), x_shape, sizes)
 
 
-def _head_qmv_case(name: str, quant: str, dtype: mx.Dtype, shape: tuple[int, int, int], sizes: Sizes) -> Case:
+def _heads_case(
+    name: str,
+    call: Callable[[mx.array, Weight], mx.array],
+    quant: str,
+    dtype: mx.Dtype,
+    shape: tuple[int, int, int],
+    x_shape: tuple[int, ...],
+    sizes: Sizes,
+) -> Case:
     heads, rows, cols = shape
     first = _weight(quant, shape, 0)
     sets = [first, *(_weight(quant, shape, seed) for seed in range(1, _sets(first.nbytes, sizes)))]
     own = [a for w in sets if (a := affine(w, dtype))]
+
+    def by_mlx(x: mx.array, i: int) -> list[mx.array]:
+        parts = x.reshape(heads, 1, -1)[..., :cols]
+        y = own[i].matmul(parts)
+        return [y[None] if name == "k_b" else y.reshape(1, 1, -1)]
+
     return Case(
-        "head_qmv",
+        "heads",
         f"{name}: {heads} x {cols} -> {rows}",
         quant,
-        _normal((1, heads, 1, cols), dtype),
+        _normal(x_shape, dtype),
         len(sets),
         2.0 * heads * rows * cols,
         _contestants(
             "qmv",
-            lambda x, i: [head_qmv(x, sets[i])],
+            lambda x, i: [call(x, sets[i])],
             first.nbytes,
-            Contestant(lambda x, i: [own[i].matmul(x[0])], own[0].nbytes) if own else None,
+            Contestant(by_mlx, own[0].nbytes) if own else None,
         ),
     )
 
@@ -399,11 +418,23 @@ def _mla_decode_case(context: int, dtype: mx.Dtype, sizes: Sizes) -> Case:
     heads, latent, scale = CFG.num_heads, CFG.kv_lora_rank, CFG.softmax_scale
     count = _sets(context * CFG.cache_dim * dtype.size, sizes)
     caches = [_normal((1, context, CFG.cache_dim), dtype, seed) for seed in range(count)]
-    q_pe = _normal((1, heads, 1, CFG.qk_rope_head_dim), dtype, 1)
+    q = _normal((1, 1, heads * CFG.qk_head_dim), dtype, 1)
+    kv_a = _normal((1, 1, CFG.cache_dim), dtype, 2)
+    norm = Norm(mx.ones((latent,)), CFG.rms_norm_eps)
+    wavelengths = rope_wavelengths(CFG)
+    position = mx.array([context - 1], mx.int32)
+
+    def call(x: mx.array, i: int) -> list[mx.array]:
+        new = (q.astype(x.dtype), kv_a.astype(x.dtype), norm, wavelengths)
+        return [mla_decode(x, *new, caches[i], position, scale)[0]]
 
     def by_mlx(x: mx.array, i: int) -> list[mx.array]:
-        key, q = caches[i][:, None], mx.concatenate([x, q_pe], axis=-1)
-        return [mx.fast.scaled_dot_product_attention(q, key, key[..., :latent], scale=scale)]
+        own = mx.unflatten(q, -1, (heads, -1))[..., -CFG.qk_rope_head_dim :].swapaxes(1, 2)
+        q_pe = rope(own, wavelengths, position)
+        new = mx.concatenate([*latent_rows_ops(kv_a, norm, wavelengths, position)], axis=-1)
+        key = mx.concatenate([caches[i][:, :-1], new], axis=1)[:, None]
+        queries = mx.concatenate([x, q_pe], axis=-1)
+        return [mx.fast.scaled_dot_product_attention(queries, key, key[..., :latent], scale=scale)]
 
     return Case(
         "mla_decode",
@@ -412,20 +443,15 @@ def _mla_decode_case(context: int, dtype: mx.Dtype, sizes: Sizes) -> Case:
         _normal((1, heads, 1, latent), dtype),
         count,
         2.0 * heads * context * (CFG.cache_dim + latent),
-        _contestants(
-            "mla_decode",
-            lambda x, i: [mla_decode(x, q_pe.astype(x.dtype), caches[i], scale)],
-            caches[0].nbytes,
-            Contestant(by_mlx, caches[0].nbytes),
-        ),
-        q_pe.nbytes,
+        _contestants("mla_decode", call, caches[0].nbytes, Contestant(by_mlx, caches[0].nbytes)),
+        q.nbytes + kv_a.nbytes + norm.weight.nbytes + wavelengths.nbytes,
     )
 
 
 OPS: dict[str, Callable[[str, mx.Dtype, Sizes], Iterator[Case]]] = {
     "qmv": qmv_cases,
     "router": router_cases,
-    "head_qmv": head_qmv_cases,
+    "heads": heads_cases,
     "experts_gate_up": gate_up_cases,
     "experts_down": down_cases,
     "route": route_cases,

@@ -1,6 +1,7 @@
 """The cache of multi-head latent attention: one row [latent | k_pe] for each token and layer, nothing expanded."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import mlx.core as mx
 
@@ -34,15 +35,6 @@ class LatentCache:
         self.rows[layer] = rows
         return rows[:, :end]
 
-    @property
-    def position(self) -> int:
-        """Of the first new token."""
-        return self.offset
-
-    def context(self, length: int) -> None:
-        """How many of the rows that `update` returns are valid, with `length` new ones: all."""
-        return None
-
     def advance(self, length: int) -> None:
         self.offset += length
 
@@ -54,8 +46,11 @@ class LatentCache:
     def reserve(self, length: int) -> list[mx.array]:
         """The whole arrays, grown so that `length` more rows fit; every layer must have been updated before."""
         rows = [rows for rows in self.rows if rows is not None]
+        assert len(rows) == len(self.rows)
         more = self.offset + length - rows[0].shape[1]
         if more > 0:
+            # MLX does not know of what a kernel wrote in place, and copies only what is there.
+            mx.synchronize()
             # By an eighth at least: whoever traced a step for these shapes traces it again.
             more = max(-(-more // STEP) * STEP, rows[0].shape[1] // 8 // STEP * STEP)
             space = mx.zeros((rows[0].shape[0], more, self.width), self.dtype)
@@ -71,22 +66,10 @@ class LatentCache:
         return sum(rows.nbytes for rows in self.rows if rows is not None)
 
 
+@dataclass
 class TracedCache:
-    """`LatentCache` within a traced step: whole arrays (B, allocated, width), and the position as an array (1,) int32.
+    """`LatentCache` within a traced step: whole arrays (B, allocated, width), with room for the step's new rows behind
+    `position`, (1,) int32. `rows` holds the updated arrays at the end of the step."""
 
-    `rows` holds the updated arrays at the end of the step.
-    """
-
-    def __init__(self, rows: Sequence[mx.array], position: mx.array):
-        self.rows, self.position = list(rows), position
-
-    def update(self, layer: int, new: mx.array) -> mx.array:
-        rows = self.rows[layer]
-        self.rows[layer] = mx.slice_update(rows, new.astype(rows.dtype), self.position, axes=(1,))
-        return self.rows[layer]
-
-    def context(self, length: int) -> mx.array:
-        return self.position + length
-
-    def advance(self, length: int) -> None:
-        pass
+    rows: list[mx.array]
+    position: mx.array

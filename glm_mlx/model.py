@@ -21,9 +21,9 @@ from glm_mlx.cache import LatentCache, TracedCache
 from glm_mlx.config import Config
 from kernels.experts_down import experts_down
 from kernels.experts_gate_up import experts_gate_up, swiglu_ops
-from kernels.mla_decode import mla_decode
+from kernels.mla_decode import attend_ops, latent_rows_ops, mla_decode, rope
 from kernels.planes import Weight
-from kernels.qmv import Norm, embed_ops, head_qmv, norm_qmv, qmv, qmv_all
+from kernels.qmv import Norm, absorb, embed_ops, merge_heads, norm_qmv, qmv, qmv_all
 from kernels.route import route
 
 Cache: TypeAlias = LatentCache | TracedCache
@@ -94,7 +94,6 @@ class Attention:
 
     def __call__(self, x: mx.array, cache: Cache, tap: Tap = no_tap) -> mx.array:
         cfg = self.cfg
-        batch, length, _ = x.shape
         tap("attn_norm", self.norm(x))
 
         if self.q_proj is not None:
@@ -102,32 +101,33 @@ class Attention:
         else:
             q_a, kv_a = qmv_all(x, (self.q_a_proj, self.kv_a_proj), self.norm)
             q = qmv(q_a, self.q_b_proj, self.q_a_layernorm)
-        q = q.reshape(batch, length, cfg.num_heads, cfg.qk_head_dim).swapaxes(1, 2)
-        q_nope, q_pe = mx.split(q, [cfg.qk_nope_head_dim], axis=-1)  # (B, H, L, N), (B, H, L, P)
-        q_pe = self._rope(q_pe, cache.position)
-
-        latent, k_pe = mx.split(kv_a, [cfg.kv_lora_rank], axis=-1)  # (B, L, R), (B, L, P)
-        latent = self.kv_a_layernorm(latent)
-        k_pe = self._rope(k_pe[:, None], cache.position)[:, 0]
-        tap("q", mx.concatenate([q_nope, q_pe], axis=-1).swapaxes(1, 2))
-        tap("latent", latent)
-        tap("k_pe", k_pe)
-
-        # q_nope . (k_b latent) = (k_b^T q_nope) . latent: the query moves into the latent space, so that one cached
-        # row is key and value of every head.
-        q_latent = head_qmv(q_nope, self.k_b)  # (B, H, L, R)
-        rows = cache.update(self.layer, mx.concatenate([latent, k_pe], axis=-1))  # (B, S, R + P)
-        out = mla_decode(q_latent, q_pe, rows, cfg.softmax_scale, cache.context(length))  # (B, H, L, R)
-        out = head_qmv(out, self.v_b)  # (B, H, L, V)
-        out = qmv(out.swapaxes(1, 2).reshape(batch, length, -1), self.o_proj, residual=x)
+        if isinstance(cache, TracedCache):
+            q_latent = absorb(q, self.k_b)  # (B, H, L, R)
+            rows, wavelengths = cache.rows[self.layer], self.wavelengths
+            out, cache.rows[self.layer] = mla_decode(
+                q_latent, q, kv_a, self.kv_a_layernorm, wavelengths, rows, cache.position, cfg.softmax_scale
+            )
+        else:
+            out = self._attend(q, kv_a, cache, tap)  # (B, H, L, R)
+        out = qmv(merge_heads(out, self.v_b), self.o_proj, residual=x)
         tap("attn_out", out - x)
         return out
 
-    def _rope(self, x: mx.array, offset: int | mx.array) -> mx.array:
-        """Rotate pairs (2i, 2i + 1) of (B, heads, L, P)."""
-        return mx.fast.rope(
-            x, x.shape[-1], traditional=True, base=None, scale=1.0, offset=offset, freqs=self.wavelengths
-        )
+    def _attend(self, q: mx.array, kv_a: mx.array, cache: LatentCache, tap: Tap) -> mx.array:
+        """q (B, L, H * (N + P)), kv_a (B, L, R + P) -> (B, H, L, R)"""
+        cfg = self.cfg
+        latent, k_pe = latent_rows_ops(kv_a, self.kv_a_layernorm, self.wavelengths, cache.offset)
+        heads = q.reshape(*q.shape[:2], cfg.num_heads, cfg.qk_head_dim).swapaxes(1, 2)
+        q_nope, q_pe = mx.split(heads, [cfg.qk_nope_head_dim], axis=-1)  # (B, H, L, N), (B, H, L, P)
+        q_pe = rope(q_pe, self.wavelengths, cache.offset)
+        tap("q", mx.concatenate([q_nope, q_pe], axis=-1).swapaxes(1, 2))
+        tap("latent", latent)
+        tap("k_pe", k_pe)
+        # q_nope . (k_b latent) = (k_b^T q_nope) . latent: the query moves into the latent space, so that one cached
+        # row is key and value of every head.
+        q_latent = absorb(q, self.k_b)
+        rows = cache.update(self.layer, mx.concatenate([latent, k_pe], axis=-1))  # (B, S, R + P)
+        return attend_ops(q_latent, q_pe, rows, cfg.softmax_scale)
 
 
 class MLP:
@@ -219,7 +219,8 @@ class Model:
         x = self.embed(tokens)
         for layer in self.layers:
             x = layer(x, cache)
-        cache.advance(tokens.shape[1])
+        if isinstance(cache, LatentCache):
+            cache.advance(tokens.shape[1])
         return x
 
     def step(self, tokens: mx.array, position: mx.array, rows: Sequence[mx.array]) -> tuple[mx.array, list[mx.array]]:
@@ -228,7 +229,7 @@ class Model:
         tokens (B, L), position (1,) int32, rows: whole arrays of the cache with room for L more -> logits
         (B, vocabulary), and the arrays with the new rows.
         """
-        cache = TracedCache(rows, position)
+        cache = TracedCache(list(rows), position)
         hidden = self.hidden_states(tokens, cache)
         return self.logits(hidden[:, -1:])[:, 0], cache.rows
 

@@ -20,6 +20,36 @@ inline float2 as_float(uint pair) {
   return float2(out[0], out[1]);
 }
 
+inline float2 as_pair(float2 values, float) {
+  return values;
+}
+
+inline uint as_pair(float2 values, float16_t) {
+  return as_type<uint>(half2(half(values.x), half(values.y)));
+}
+
+inline uint as_pair(float2 values, bfloat16_t) {
+  const uint low = as_type<uint>(float(bfloat16_t(values.x)));
+  return (low >> 16) | (as_type<uint>(float(bfloat16_t(values.y))) & 0xFFFF0000u);
+}
+
+inline void store_pair(device float* values, size_t pair, float2 value) {
+  ((device float2*)values)[pair] = value;
+}
+
+template <class T>
+inline void store_pair(device T* values, size_t pair, uint value) {
+  ((device uint*)values)[pair] = value;
+}
+
+// RoPE of a pair, interleaved: the angle is the position over the wavelength.
+inline float2 rotate(float2 pair, float position, float wavelength) {
+  const float angle = position * (1.0f / wavelength);
+  const float c = cos(angle);
+  const float s = sin(angle);
+  return float2(pair.x * c - pair.y * s, pair.x * s + pair.y * c);
+}
+
 // The sums over all lanes of N values, N a power of 2; value lane / (32 / N) is left in the lane. The halving takes
 // N - 1 shuffles and what is left 5 - log2(N), where N sums apart would take 5 N.
 template <int N>

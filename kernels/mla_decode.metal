@@ -1,12 +1,17 @@
+// writes: cache
 // Grid: splits of the context, groups of HEADS_AT_ONCE heads, queries. A threadgroup goes through the rows of its split
 // for its heads and one query; its simdgroups take ROWS_AT_ONCE rows in turn. A lane holds dimensions 2 lane and
 // 2 lane + 1 of every 64: of the queries, of the rows (loaded once, as key and as value), and of the sums.
+//
+// The rows of the queries' own tokens are not in the cache yet: whoever needs one makes it, norm and RoPE, and whoever
+// needs it for the last query and the first heads stores it. No threadgroup reads a row that another one writes.
 //
 // Softmax is taken on the way: `largest` is the largest score so far, in units of log2(e), and what was summed before is
 // scaled down when it grows. A lane knows the score of one head and one row, and the state of that head.
 threadgroup float shared_sums[(SIMDGROUPS + 1) / 2 * HEADS_AT_ONCE * LATENT];
 threadgroup float shared_state[(SIMDGROUPS + 1) / 2 * HEADS_AT_ONCE * 2];
-constexpr int PAIRS = (LATENT + ROPE + 63) / 64;
+constexpr int WIDTH = LATENT + ROPE;
+constexpr int PAIRS = (WIDTH + 63) / 64;
 constexpr int VALUES = (LATENT + 63) / 64;
 constexpr int SCORES = HEADS_AT_ONCE * ROWS_AT_ONCE;
 constexpr int SHARE = 32 / HEADS_AT_ONCE;  // lanes that hold the state of one head
@@ -17,11 +22,13 @@ const uint split = threadgroup_position_in_grid.x;
 const uint first_head = threadgroup_position_in_grid.y * uint(HEADS_AT_ONCE);
 const uint query = threadgroup_position_in_grid.z;
 const uint splits = threadgroups_per_grid.x;
-const uint visible = uint(context[0]) - uint(QUERIES - 1) + query;  // rows that this query sees
+device T* rows = (device T*)cache;
+const uint cached = uint(position[0]);
+const uint visible = cached + query + 1;  // rows that this query sees
 const uint rows_of_split = (visible + splits - 1) / splits;
 const uint end = min(visible, (split + 1) * rows_of_split);
 
-float2 q[HEADS_AT_ONCE][PAIRS];
+float2 queries[HEADS_AT_ONCE][PAIRS];
 float2 sums[HEADS_AT_ONCE][VALUES];
 #pragma unroll
 for (int h = 0; h < HEADS_AT_ONCE; ++h) {
@@ -32,10 +39,12 @@ for (int h = 0; h < HEADS_AT_ONCE; ++h) {
     float2 value = float2(0.0f, 0.0f);
     if (pair < uint(LATENT / 2)) {
       value = as_float<T>(load_pair(q_latent + at * uint(LATENT), pair));
-    } else if (pair < uint((LATENT + ROPE) / 2)) {
-      value = as_float<T>(load_pair(q_pe + at * uint(ROPE), pair - uint(LATENT / 2)));
+    } else if (pair < uint(WIDTH / 2)) {
+      const uint turn = pair - uint(LATENT / 2);
+      const auto heads = q + (query * uint(HEADS) + min(first_head + uint(h), uint(HEADS - 1))) * uint(NOPE + ROPE);
+      value = rotate(as_float<T>(load_pair(heads + NOPE, turn)), float(cached + query), wavelengths[turn]);
     }
-    q[h][p] = value * float(SCALE);
+    queries[h][p] = value * float(SCALE);
   }
 #pragma unroll
   for (int p = 0; p < VALUES; ++p) {
@@ -50,15 +59,49 @@ for (uint first = split * rows_of_split + simdgroup * uint(ROWS_AT_ONCE); first 
   decltype(load_pair(cache, 0)) raw[ROWS_AT_ONCE][PAIRS];
 #pragma unroll
   for (int r = 0; r < ROWS_AT_ONCE; ++r) {
-    const auto row = cache + size_t(min(first + uint(r), end - 1)) * size_t(LATENT + ROPE);
+    const uint row = min(first + uint(r), end - 1);
+    if (row < cached) {
+      const auto values = cache + size_t(row) * size_t(WIDTH);
 #pragma unroll
-    for (int p = 0; p < PAIRS; ++p) {
-      // Lanes past the last dimension read it again: their part of q is 0, and their sums are not written.
-      const uint pair = uint(p) * 32 + lane;
-      raw[r][p] = load_pair(row, (LATENT + ROPE) % 64 == 0 ? pair : min(pair, uint((LATENT + ROPE) / 2 - 1)));
+      for (int p = 0; p < PAIRS; ++p) {
+        // Lanes past the last dimension read it again: their part of the query is 0, and their sums are not written.
+        const uint pair = uint(p) * 32 + lane;
+        raw[r][p] = load_pair(values, WIDTH % 64 == 0 ? pair : min(pair, uint(WIDTH / 2 - 1)));
+      }
     }
   }
   LOADS_END
+#pragma unroll
+  for (int r = 0; r < ROWS_AT_ONCE; ++r) {
+    const uint row = min(first + uint(r), end - 1);
+    if (row >= cached) {
+      const auto values = kv_a + (row - cached) * uint(WIDTH);
+      float2 made[PAIRS];
+      float squares = 0.0f;
+#pragma unroll
+      for (int p = 0; p < PAIRS; ++p) {
+        const uint pair = uint(p) * 32 + lane;
+        made[p] = as_float<T>(load_pair(values, min(pair, uint(WIDTH / 2 - 1))));
+        squares += pair < uint(LATENT / 2) ? made[p].x * made[p].x + made[p].y * made[p].y : 0.0f;
+      }
+      const float inverse = rsqrt(simd_sum(squares) / float(LATENT) + EPS);
+      const bool stores = first_head == 0 && query == uint(QUERIES - 1) && first + uint(r) < end;
+#pragma unroll
+      for (int p = 0; p < PAIRS; ++p) {
+        const uint pair = min(uint(p) * 32 + lane, uint(WIDTH / 2 - 1));
+        if (pair < uint(LATENT / 2)) {
+          made[p].x *= inverse * norm_weight[pair * 2];
+          made[p].y *= inverse * norm_weight[pair * 2 + 1];
+        } else {
+          made[p] = rotate(made[p], float(row), wavelengths[pair - uint(LATENT / 2)]);
+        }
+        raw[r][p] = as_pair(made[p], T(0.0f));
+        if (stores && uint(p) * 32 + lane < uint(WIDTH / 2)) {
+          store_pair(rows, size_t(row) * size_t(WIDTH / 2) + pair, raw[r][p]);
+        }
+      }
+    }
+  }
   float scores[SCORES];
 #pragma unroll
   for (int r = 0; r < ROWS_AT_ONCE; ++r) {
@@ -71,8 +114,8 @@ for (uint first = split * rows_of_split + simdgroup * uint(ROWS_AT_ONCE); first 
       const float2 x = as_float<T>(raw[r][p]);
 #pragma unroll
       for (int h = 0; h < HEADS_AT_ONCE; ++h) {
-        const float score = fma(q[h][p].x, x.x, scores[h * ROWS_AT_ONCE + r]);
-        scores[h * ROWS_AT_ONCE + r] = fma(q[h][p].y, x.y, score);
+        const float score = fma(queries[h][p].x, x.x, scores[h * ROWS_AT_ONCE + r]);
+        scores[h * ROWS_AT_ONCE + r] = fma(queries[h][p].y, x.y, score);
       }
     }
   }

@@ -1,20 +1,28 @@
 """Absorbed multi-head latent attention: every head attends to one shared latent row per position.
 
-mla_decode(q_latent, q_pe, cache, scale, context) -> out, and the same with `_ops`
-    q_latent  (B, H, L, R)      q_nope absorbed through k_b
-    q_pe      (B, H, L, P)      rotated
-    cache     (B, S, R + P)     [latent | k_pe], rotated; the last L valid rows are those of the queries
-    scale     1 / sqrt(qk_head_dim), times YaRN's mscale squared
-    context   (1,) int32        how many rows are valid, or None: all S
-    out       (B, H, L, R)      dtype of q_latent; softmax and sums in float32
+mla_decode(q_latent, q, kv_a, norm, wavelengths, cache, position, scale) -> (out, cache), and the same with `_ops`
+    q_latent     (1, H, L, R)         q_nope absorbed through k_b
+    q            (1, L, H * (N + P))  of each head the last P columns are rotated and used
+    kv_a         (1, L, R + P)        [latent | k_pe] of the new tokens: the latent is normed, k_pe rotated, then cached
+    norm         `Norm` of the latent
+    wavelengths  (P / 2,) float32     RoPE's angles are positions over these
+    cache        (1, S, R + P)        rows [latent | k_pe], of which `position` are valid, with room for L more
+    position     (1,) int32           of the first new token
+    scale        1 / sqrt(qk_head_dim), times YaRN's mscale squared
+    out          (1, H, L, R)         dtype of q_latent; softmax and sums in float32
+    cache        with the new rows: the kernel writes them in place and returns the array that it was given
 
-Query i sees all rows but the last L - 1 - i. The value is a view of the key: the first R columns of the cache. Source:
-DeepSeek-V2 (arXiv 2405.04434), section 2.1 and appendix C, with k_b absorbed into the query and v_b applied by the
-caller.
+attend_ops(q_latent, q_pe, rows, scale) -> out: the attention alone, with q_pe (B, H, L, P) rotated and rows
+(B, S, R + P) all valid, the last L of them those of the queries.
 
-The kernel takes B = 1 and up to 8 queries. The context is split among threadgroups, each of which reads its rows once
-for a few heads (S * (R + P) values for every group of heads, from the device's cache after the first), and a second,
-small launch combines the splits. Right for any S up to 2^31 rows.
+Query i sees the rows before its own and its own. The value is a view of the key: the first R columns of the cache.
+Source: DeepSeek-V2 (arXiv 2405.04434), section 2.1 and appendix C, with k_b absorbed into the query and v_b applied by
+the caller.
+
+The kernel takes up to 8 queries. The context is split among threadgroups, each of which reads its rows once for a few
+heads (S * (R + P) values for every group of heads, from the device's cache after the first), and a second, small launch
+combines the splits. The new rows are made by whoever needs them and stored by one. MLX does not know of the write:
+later readers must depend on `out`, as the next token does. A full cache must be refused by the caller, before.
 """
 
 import math
@@ -23,6 +31,7 @@ from functools import cache as memoised
 import mlx.core as mx
 
 from kernels import launcher
+from kernels.qmv import Norm
 
 HEADS_AT_ONCE, SIMDGROUPS = 4, 4  # heads of a threadgroup, simdgroups of a threadgroup
 ROWS_AT_ONCE = 4  # rows that a lane loads in one go
@@ -30,37 +39,91 @@ ROWS_OF_SPLIT, MAX_SPLITS = 32, 64  # rows that are worth a threadgroup of their
 COMBINE_THREADS = 128
 
 
-def mla_decode_ops(
-    q_latent: mx.array, q_pe: mx.array, cache: mx.array, scale: float, context: mx.array | None = None
+def rope(x: mx.array, wavelengths: mx.array, position: int | mx.array) -> mx.array:
+    """Rotate pairs (2i, 2i + 1) of (B, heads, L, P); `position` is that of the first row."""
+    return mx.fast.rope(x, x.shape[-1], traditional=True, base=None, scale=1.0, offset=position, freqs=wavelengths)
+
+
+def attend_ops(
+    q_latent: mx.array, q_pe: mx.array, rows: mx.array, scale: float, context: mx.array | None = None
 ) -> mx.array:
+    """`context`: how many of the rows are valid, if not all."""
     batch, heads, length, latent_dim = q_latent.shape
-    rows = cache.astype(mx.float32)
+    keys = rows.astype(mx.float32)
     # All heads share the cache, so they are rows of one matmul.
     q = mx.concatenate([q_latent, q_pe], axis=-1).astype(mx.float32) * scale
-    scores = (q.reshape(batch, heads * length, -1) @ rows.swapaxes(-1, -2)).reshape(batch, heads, length, -1)
+    scores = (q.reshape(batch, heads * length, -1) @ keys.swapaxes(-1, -2)).reshape(batch, heads, length, -1)
     if length > 1 or context is not None:
-        offset = (rows.shape[1] if context is None else context) - length
-        visible = mx.arange(rows.shape[1]) <= (offset + mx.arange(length))[:, None]
+        offset = (keys.shape[1] if context is None else context) - length
+        visible = mx.arange(keys.shape[1]) <= (offset + mx.arange(length))[:, None]
         scores = mx.where(visible, scores, -mx.inf)
     probabilities = mx.softmax(scores, axis=-1).reshape(batch, heads * length, -1)
-    out = probabilities @ rows[..., :latent_dim]
+    out = probabilities @ keys[..., :latent_dim]
     return out.reshape(batch, heads, length, latent_dim).astype(q_latent.dtype)
 
 
+def latent_rows_ops(
+    kv_a: mx.array, norm: Norm, wavelengths: mx.array, position: int | mx.array
+) -> tuple[mx.array, mx.array]:
+    """(B, L, R + P) -> latent (B, L, R) normed, k_pe (B, L, P) rotated: what is cached."""
+    latent, k_pe = mx.split(kv_a, [norm.weight.size], axis=-1)
+    return norm(latent), rope(k_pe[:, None], wavelengths, position)[:, 0]
+
+
+def mla_decode_ops(
+    q_latent: mx.array,
+    q: mx.array,
+    kv_a: mx.array,
+    norm: Norm,
+    wavelengths: mx.array,
+    cache: mx.array,
+    position: mx.array,
+    scale: float,
+) -> tuple[mx.array, mx.array]:
+    _, heads, length, _ = q_latent.shape
+    q_pe = q.reshape(1, length, heads, -1)[..., -2 * wavelengths.size :].swapaxes(1, 2)
+    new = mx.concatenate([*latent_rows_ops(kv_a, norm, wavelengths, position)], axis=-1)
+    cache = mx.slice_update(cache, new.astype(cache.dtype), position, axes=(1,))
+    return attend_ops(q_latent, rope(q_pe, wavelengths, position), cache, scale, position + length), cache
+
+
 def mla_decode(
-    q_latent: mx.array, q_pe: mx.array, cache: mx.array, scale: float, context: mx.array | None = None
-) -> mx.array:
-    batch, heads, length, latent_dim = q_latent.shape
-    rope_dim = q_pe.shape[-1]
-    back_end = launcher.back_end("mla_decode") if batch == 1 and length <= launcher.MAX_TOKENS else None
-    tiny = min(q_latent.size, q_pe.size, cache.size) < 8  # MLX hands Metal these as `constant`
-    if back_end is None or latent_dim % 2 or rope_dim % 2 or tiny:
-        return mla_decode_ops(q_latent, q_pe, cache, scale, context)
-    rows = cache.shape[1]
-    splits = 1 << max(0, min(MAX_SPLITS, rows // ROWS_OF_SPLIT).bit_length() - 1)
-    attend, combine = _launches(back_end, heads, length, latent_dim, rope_dim, splits, q_latent.dtype, scale)
-    partial, state = attend(q_latent, q_pe, cache, mx.array([rows], mx.int32) if context is None else context)
-    return combine(partial, state)[0].reshape(q_latent.shape)
+    q_latent: mx.array,
+    q: mx.array,
+    kv_a: mx.array,
+    norm: Norm,
+    wavelengths: mx.array,
+    cache: mx.array,
+    position: mx.array,
+    scale: float,
+) -> tuple[mx.array, mx.array]:
+    back_end = launcher.back_end("mla_decode")
+    _, heads, length, latent_dim = q_latent.shape
+    if back_end is None or not _fits(q_latent, kv_a, cache):
+        return mla_decode_ops(q_latent, q, kv_a, norm, wavelengths, cache, position, scale)
+    splits = 1 << max(0, min(MAX_SPLITS, cache.shape[1] // ROWS_OF_SPLIT).bit_length() - 1)
+    attend, combine = _launches(
+        back_end,
+        heads,
+        length,
+        latent_dim,
+        2 * wavelengths.size,
+        q.shape[-1] // heads,
+        splits,
+        q_latent.dtype,
+        norm.eps,
+        scale,
+    )
+    partial, state = attend(q_latent, q, kv_a, norm.weight, wavelengths, cache, position)
+    return combine(partial, state)[0].reshape(q_latent.shape), cache
+
+
+def _fits(q_latent: mx.array, kv_a: mx.array, cache: mx.array) -> bool:
+    """Pairs of values are read; MLX hands Metal arrays of fewer than 8 elements as `constant`."""
+    batch, _, length, latent_dim = q_latent.shape
+    even = latent_dim % 2 == 0 and kv_a.shape[-1] % 2 == 0
+    sizes = (q_latent.size, kv_a.size, cache.size, latent_dim)
+    return batch == 1 and length <= launcher.MAX_TOKENS and even and min(sizes) >= 8 and cache.dtype == q_latent.dtype
 
 
 @memoised
@@ -70,15 +133,18 @@ def _launches(
     length: int,
     latent_dim: int,
     rope_dim: int,
+    qk_head_dim: int,
     splits: int,
     dtype: mx.Dtype,
+    eps: float,
     scale: float,
 ) -> tuple[launcher.Launch, launcher.Launch]:
     half_of_them = (SIMDGROUPS + 1) // 2
     attend = launcher.prepare(
         back_end,
         "mla_decode",
-        inputs=["q_latent", "q_pe", "cache", "context"],
+        inputs=["q_latent", "q", "kv_a", "norm_weight", "wavelengths", "cache", "position"],
+        writes=["cache"],
         weights={},
         outputs={
             "partial": ((heads, length, splits, latent_dim), mx.float32),
@@ -90,12 +156,13 @@ def _launches(
             "QUERIES": length,
             "LATENT": latent_dim,
             "ROPE": rope_dim,
+            "NOPE": qk_head_dim - rope_dim,
             "HEADS_AT_ONCE": HEADS_AT_ONCE,
             "ROWS_AT_ONCE": ROWS_AT_ONCE,
             "SIMDGROUPS": SIMDGROUPS,
         },
         # Powers of 2 are one instruction, powers of e two.
-        defines={"SCALE": f"{scale * math.log2(math.e)!r}f"},
+        defines={"SCALE": f"{scale * math.log2(math.e)!r}f", "EPS": f"{eps!r}f"},
         threadgroups=(splits, -(-heads // HEADS_AT_ONCE), length),
         simdgroups=SIMDGROUPS,
         threadgroup_bytes=half_of_them * HEADS_AT_ONCE * (latent_dim + 2) * 4,

@@ -1,4 +1,4 @@
-// Rows of one matrix times TOKENS rows of x, by one simdgroup: LANES lanes share a row, so that the simdgroup works on
+// Rows of one matrix times TOKENS rows of x, `x_token` values apart, by one simdgroup: LANES lanes share a row, so that the simdgroup works on
 // 32 / LANES rows side by side, ROWS times. The last rows of a matrix may be fewer: a row past them is computed again
 // as the last one and not written.
 //
@@ -16,6 +16,8 @@ inline void qmv_rows(
     const device Y* residual,
     device Y* y,
     device T* normed,
+    uint x_token,
+    uint y_token,
     uint base,
     uint first,
     uint rows,
@@ -53,7 +55,7 @@ inline void qmv_rows(
         }
 #pragma unroll
         for (int t = 0; t < TOKENS; ++t) {
-          Eight x8 = load_eight(x + t * COLS, begin, LANES * d);
+          Eight x8 = load_eight(x + uint(t) * x_token, begin, LANES * d);
           if (NORMED) {
 #pragma unroll
             for (int i = 0; i < 8; ++i) {
@@ -78,13 +80,13 @@ inline void qmv_rows(
       const float sum = lanes_sum<LANES>(sums[r][t]) * inverse;
       const uint row = first + uint(32 / LANES * r);
       if (lane % uint(LANES) == 0 && row < rows) {
-        const uint at = uint(t) * rows + row;
+        const uint at = uint(t) * y_token + row;
         y[at] = Y(RESIDUAL ? sum + float(residual[at]) : sum);
       }
       if (NORMED_TOO && row < rows) {
         const uint share = (uint(COLS) + rows - 1) / rows;
         for (uint i = row * share + lane % uint(LANES); i < min((row + 1) * share, uint(COLS)); i += uint(LANES)) {
-          normed[t * COLS + i] = T(float(x[t * COLS + i]) * inverse * norm_weight[i]);
+          normed[uint(t * COLS) + i] = T(float(x[uint(t) * x_token + i]) * inverse * norm_weight[i]);
         }
       }
     }

@@ -10,10 +10,17 @@ qmv(x, w, norm, residual, dtype) -> y, qmv_ops(x, w) -> y
 qmv_all(x, weights, norm) -> [y, ...]: several matrices of one x, in one launch.
 norm_qmv(x, w, norm, dtype) -> (normed, y): the normed x too, in the dtype of x.
 
-head_qmv(x, w) -> y, and the same with `_ops`
-    x  (B, H, L, cols)
-    w  (H, rows, cols)    every head its own
-    y  (B, H, L, rows)
+absorb(q, k_b) -> q_latent, and the same with `_ops`: every head has its own matrix
+    q         (B, L, H * (N + P))  of each head the first N columns
+    k_b       (H, R, N)
+    q_latent  (B, H, L, R)
+
+merge_heads(x, v_b) -> y, and the same with `_ops`
+    x    (B, H, L, R)
+    v_b  (H, V, R)
+    y    (B, L, H * V)
+
+head_qmv_ops(x, w): x (B, H, L, cols), w (H, rows, cols) -> (B, H, L, rows)
 
 gather_qmv_ops(x, w, experts) -> y
     x        (T, K or 1, cols)
@@ -91,6 +98,7 @@ def _qmv(
     launch = _launch(
         back_end,
         1,
+        (0, x.shape[-1], 0, 0),
         tokens,
         x.dtype,
         dtype,
@@ -106,14 +114,47 @@ def _qmv(
     return [y.reshape(*x.shape[:-1], -1) for y in launch(x, *extra, *planes)]
 
 
-def head_qmv(x: mx.array, w: Weight) -> mx.array:
-    batch, heads, length, _ = x.shape
-    back_end = launcher.back_end("qmv") if batch == 1 and length <= launcher.MAX_TOKENS else None
-    if back_end is None or not launcher.fits(w):
-        return head_qmv_ops(x, w)
-    kind, shape = launcher.kind(w)
-    launch = _launch(back_end, heads, length, x.dtype, x.dtype, ((kind, shape[1:]),), None, False, False)
-    return launch(x, *launcher.planes(w))[0].reshape(1, heads, length, -1)
+def absorb(q: mx.array, k_b: Weight) -> mx.array:
+    heads = k_b.shape[0]
+    width = q.shape[-1] // heads
+    back_end = _heads_back_end(q.shape[0], q.shape[1], width, k_b)
+    if back_end is None:
+        return absorb_ops(q, k_b)
+    strides = (width, heads * width, q.shape[1] * k_b.shape[1], 0)
+    return _heads(back_end, q, k_b, q.shape[1], strides).reshape(1, heads, q.shape[1], -1)
+
+
+def absorb_ops(q: mx.array, k_b: Weight) -> mx.array:
+    heads, _, cols = k_b.shape
+    return head_qmv_ops(mx.unflatten(q, -1, (heads, -1))[..., :cols].swapaxes(1, 2), k_b)
+
+
+def merge_heads(x: mx.array, v_b: Weight) -> mx.array:
+    heads, rows, cols = v_b.shape
+    length = x.shape[2]
+    back_end = _heads_back_end(x.shape[0], length, cols, v_b)
+    if back_end is None:
+        return merge_heads_ops(x, v_b)
+    strides = (length * cols, cols, rows, heads * rows)
+    return _heads(back_end, x, v_b, length, strides).reshape(1, length, heads * rows)
+
+
+def merge_heads_ops(x: mx.array, v_b: Weight) -> mx.array:
+    return mx.flatten(head_qmv_ops(x, v_b).swapaxes(1, 2), 2)
+
+
+def _heads_back_end(batch: int, length: int, width: int, w: Weight) -> launcher.BackEnd | None:
+    """`width`: from one head of x to the next, of which a lane reads eight values at a time."""
+    few = batch == 1 and length <= launcher.MAX_TOKENS
+    return launcher.back_end("qmv") if few and width % 8 == 0 and launcher.fits(w) else None
+
+
+def _heads(
+    back_end: launcher.BackEnd, x: mx.array, w: Weight, length: int, strides: tuple[int, int, int, int]
+) -> mx.array:
+    kind, (heads, rows, cols) = launcher.kind(w)
+    launch = _launch(back_end, heads, strides, length, x.dtype, x.dtype, ((kind, (rows, cols)),), None, False, False)
+    return launch(x, *launcher.planes(w))[0]
 
 
 def _lanes(kind: str, cols: int) -> int:
@@ -127,6 +168,7 @@ def _lanes(kind: str, cols: int) -> int:
 def _launch(
     back_end: launcher.BackEnd,
     heads: int,
+    strides: tuple[int, int, int, int],
     tokens: int,
     dtype: mx.Dtype,
     out_dtype: mx.Dtype,
@@ -162,6 +204,7 @@ def _launch(
             "Y": out_dtype,
             "TOKENS": tokens,
             "COLS": cols,
+            **dict(zip(("X_HEAD", "X_TOKEN", "Y_HEAD", "Y_TOKEN"), strides, strict=True)),
             "DEPTH": launcher.depth(cols, lanes, DEPTH),
             "LANES": lanes,
             "ROWS": ROWS,

@@ -26,7 +26,7 @@ from kernels.experts_down import experts_down, experts_down_ops
 from kernels.experts_gate_up import experts_gate_up, experts_gate_up_ops
 from kernels.mla_decode import mla_decode, mla_decode_ops
 from kernels.planes import QUANT_TYPES, Weight, dequantize_ops
-from kernels.qmv import Norm, head_qmv, head_qmv_ops, norm_qmv, qmv, qmv_all, qmv_ops
+from kernels.qmv import Norm, absorb, absorb_ops, merge_heads, merge_heads_ops, norm_qmv, qmv, qmv_all, qmv_ops
 from kernels.route import Gating, route, route_ops
 from parity_tests.budgets import NEAR_TIE, check, check_twice
 from parity_tests.msl import executing
@@ -270,7 +270,8 @@ class Qmv(Case):
 
 @dataclass(frozen=True)
 class HeadQmv(Case):
-    """Every head its own matrix of `rows` by `cols`."""
+    """Every head its own matrix of `rows` by `cols`: `absorb`, whose x has `beside` columns more for each head, or
+    `merge_heads`."""
 
     kind: str
     heads: int
@@ -278,23 +279,34 @@ class HeadQmv(Case):
     cols: int
     tokens: int = 1
     dtype: mx.Dtype = mx.float32
+    merges: bool = False
+    beside: int = 8
     op: ClassVar[str] = "qmv"
 
     @cached_property
     def inputs(self) -> tuple[mx.array, Weight]:
         x = random_array((self.heads, self.tokens, self.cols), self.dtype, seed=0)
-        return x[None], each_plane(random_weight(self.kind, (self.heads, self.rows, self.cols), 1), framed)
+        w = each_plane(random_weight(self.kind, (self.heads, self.rows, self.cols), 1), framed)
+        if self.merges:
+            return x[None], w
+        poison = mx.full((self.heads, self.tokens, self.beside), float("nan"), self.dtype)
+        q = mx.concatenate([x, poison], axis=-1).swapaxes(0, 1).reshape(1, self.tokens, -1)
+        return mx.contiguous(q), w
 
     def kernel(self) -> Sequence[mx.array]:
-        return [head_qmv(*self.inputs)]
+        return [(merge_heads if self.merges else absorb)(*self.inputs)]
 
     def twin(self) -> Sequence[mx.array]:
-        return [head_qmv_ops(*self.inputs)]
+        return [(merge_heads_ops if self.merges else absorb_ops)(*self.inputs)]
 
     @cached_property
     def exact(self) -> list[Exact]:
         x, w = self.inputs
-        return [np.einsum("bhtc,hrc->bhtr", float64(x), values(w))]
+        if self.merges:
+            y = np.einsum("bhtc,hrc->bthr", float64(x), values(w))
+            return [y.reshape(1, self.tokens, -1)]
+        heads = float64(x).reshape(1, self.tokens, self.heads, -1)[..., : self.cols]
+        return [np.einsum("bthc,hrc->bhtr", heads, values(w))]
 
 
 @dataclass(frozen=True)
@@ -493,7 +505,7 @@ class Route(Case):
 
 @dataclass(frozen=True)
 class Mla(Case):
-    """context: rows of the cache, of which the last `tokens` are those of the queries."""
+    """context: rows of the cache with those of the `tokens` new ones; `room` rows of NaN stand behind them."""
 
     heads: int
     context: int
@@ -501,32 +513,61 @@ class Mla(Case):
     rope: int = 16
     tokens: int = 1
     dtype: mx.Dtype = mx.float32
+    nope: int = 24
+    room: int = 3
     op: ClassVar[str] = "mla_decode"
     launches: ClassVar[int] = 2
 
     @cached_property
-    def inputs(self) -> tuple[mx.array, ...]:
-        """q_latent, q_pe, cache. Queries are large enough that a few rows win."""
+    def inputs(self) -> tuple[Any, ...]:
+        """All but the scale. Queries are large enough that a few rows win."""
+        width = self.latent + self.rope
         q_latent = 3 * random_array((self.heads, self.tokens, self.latent), self.dtype, 0)
-        q_pe = random_array((self.heads, self.tokens, self.rope), self.dtype, 1)
-        cache = random_array((1, self.context, self.latent + self.rope), self.dtype, 2)
-        return framed(q_latent)[None], q_pe[None], cache
+        q = random_array((self.tokens, self.heads, self.nope + self.rope), self.dtype, 1)
+        q[..., : self.nope] = float("nan")
+        kv_a = random_array((self.tokens, width), self.dtype, 2)
+        gains = 1 + 0.3 * random_array((self.latent,), mx.float32, 3)
+        wavelengths = 100.0 ** (mx.arange(self.rope // 2) / (self.rope // 2))
+        cache = random_array((1, self.context + self.room, width), self.dtype, 4)
+        cache[:, self.context - self.tokens :] = float("nan")
+        position = mx.array([self.context - self.tokens], mx.int32)
+        q, kv_a = q.reshape(1, self.tokens, -1), kv_a[None]
+        cache = mx.contiguous(cache)
+        mx.eval(q, kv_a, cache)
+        return framed(q_latent)[None], framed(q), framed(kv_a), Norm(gains, 1e-5), wavelengths, cache, position
 
     @property
     def scale(self) -> float:
         return (self.latent + self.rope) ** -0.5
 
     def kernel(self) -> Sequence[mx.array]:
-        return [mla_decode(*self.inputs, self.scale)]
+        out, cache = mla_decode(*self.inputs, self.scale)
+        return [out, cache[:, : self.context]]
 
     def twin(self) -> Sequence[mx.array]:
-        return [mla_decode_ops(*self.inputs, self.scale)]
+        out, cache = mla_decode_ops(*self.inputs, self.scale)
+        return [out, cache[:, : self.context]]
 
     @cached_property
     def exact(self) -> list[Exact]:
-        q_latent, q_pe, cache = (float64(a) for a in self.inputs)
-        scores = np.einsum("bhlw,bsw->bhls", np.concatenate([q_latent, q_pe], axis=-1), cache) * self.scale
-        last = self.context - self.tokens + np.arange(self.tokens)
-        scores[..., np.arange(self.context) > last[:, None]] = -np.inf
+        q_latent, q, kv_a, norm, wavelengths, cache, _ = self.inputs
+        rows, new = float64(cache)[:, : self.context], float64(kv_a)[0]
+        at = self.context - self.tokens + np.arange(self.tokens)
+        angles = (at[:, None].astype(np.float32) * (1 / np.array(wavelengths))).astype(np.float64)  # RoPE's float32
+        latent = new[:, : self.latent]
+        root = np.sqrt((latent**2).mean(axis=-1, keepdims=True) + norm.eps)
+        rows[0, at, : self.latent] = latent / root * float64(norm.weight)
+        rows[0, at, self.latent :] = rotated(new[:, self.latent :], angles)
+        heads = float64(q).reshape(self.tokens, self.heads, -1).swapaxes(0, 1)
+        both = np.concatenate([float64(q_latent)[0], rotated(heads[..., self.nope :], angles)], axis=-1)
+        scores = np.einsum("hlw,bsw->bhls", both, rows) * self.scale
+        scores[..., np.arange(self.context) > at[:, None]] = -np.inf
         p = np.exp(scores - scores.max(axis=-1, keepdims=True))
-        return [np.einsum("bhls,bsr->bhlr", p / p.sum(axis=-1, keepdims=True), cache[..., : self.latent])]
+        return [np.einsum("bhls,bsr->bhlr", p / p.sum(axis=-1, keepdims=True), rows[..., : self.latent]), rows]
+
+
+def rotated(x: Exact, angles: Exact) -> Exact:
+    """RoPE of pairs (2i, 2i + 1): x (..., L, P), angles (L, P / 2)."""
+    even, odd = x[..., ::2], x[..., 1::2]
+    turned = (even * np.cos(angles) - odd * np.sin(angles), even * np.sin(angles) + odd * np.cos(angles))
+    return np.stack(turned, axis=-1).reshape(x.shape)

@@ -58,7 +58,7 @@ def test_expert_bytes_are_those_of_the_rows_that_were_chosen(
     assert twin.nbytes == sum(seen) / len(seen)
 
 
-@pytest.mark.parametrize("op", ["qmv", "head_qmv", "router"])
+@pytest.mark.parametrize("op", ["qmv", "heads", "router"])
 def test_matrix_bytes_are_those_of_the_planes(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
 
@@ -67,17 +67,17 @@ def test_matrix_bytes_are_those_of_the_planes(op: str, monkeypatch: pytest.Monke
         seen.append(sum(p.nbytes for w in of_one for p in planes(w)))
         return [mx.zeros((1, 1))]
 
-    for name in ("qmv", "qmv_all", "head_qmv"):
+    for name in ("qmv", "qmv_all", "absorb", "merge_heads"):
         monkeypatch.setattr(op_cases, name, spy)
     found = cases(op)
-    assert len(found) == {"qmv": 6, "head_qmv": 2, "router": 1}[op]
+    assert len(found) == {"qmv": 6, "heads": 2, "router": 1}[op]
     for case in found:
         seen.clear()
         case.contestants["twin"].run(case.x, 0)
         assert case.contestants["twin"].nbytes == sum(seen)
 
 
-@pytest.mark.parametrize("op", ["qmv", "head_qmv", "mla_decode"])
+@pytest.mark.parametrize("op", ["qmv", "heads", "mla_decode"])
 def test_sets_are_more_than_a_cache_holds(op: str) -> None:
     for case in cases(op):
         assert case.sets >= 2
@@ -98,7 +98,7 @@ def test_contestants_compute_the_same(op: str, quant: str) -> None:
         assert row.nbytes > row.case.contestants[row.by].nbytes > 0 or op == "route"
 
 
-@pytest.mark.parametrize("op", ["qmv", "head_qmv", "experts_gate_up", "experts_down", "route", "mla_decode"])
+@pytest.mark.parametrize("op", ["qmv", "heads", "experts_gate_up", "experts_down", "route", "mla_decode"])
 def test_a_device_with_kernels_measures_them_beside_their_twins(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     avoided: list[bool] = []
     monkeypatch.setattr(launcher, "back_end", lambda op: None if op in launcher._avoided else mx.fast.metal_kernel)
@@ -107,7 +107,7 @@ def test_a_device_with_kernels_measures_them_beside_their_twins(op: str, monkeyp
         avoided.append(all(launcher.back_end(name) is None for name in launcher.OPS))
         return [mx.zeros((1, 1))] * 2
 
-    for name in ("qmv", "qmv_all", "head_qmv", "experts_gate_up", "experts_down", "route", "mla_decode"):
+    for name in ("qmv", "qmv_all", "absorb", "merge_heads", "experts_gate_up", "experts_down", "route", "mla_decode"):
         monkeypatch.setattr(op_cases, name, spy)
     case = cases(op)[0]
     assert list(case.contestants)[:2] == ["twin", "kernel"]
@@ -119,8 +119,8 @@ def test_a_device_with_kernels_measures_them_beside_their_twins(op: str, monkeyp
 
 @pytest.mark.parametrize("quant", ["Q6_K", "IQ4_NL", "F16"])
 def test_types_that_mlx_has_no_operation_for_have_no_such_contestant(quant: str) -> None:
-    assert [list(case.contestants) for op in ("experts_down", "head_qmv") for case in cases(op, quant)] == [
-        ["twin"] for op in ("experts_down", "head_qmv") for _ in cases(op, quant)
+    assert [list(case.contestants) for op in ("experts_down", "heads") for case in cases(op, quant)] == [
+        ["twin"] for op in ("experts_down", "heads") for _ in cases(op, quant)
     ]
 
 
@@ -227,7 +227,7 @@ def test_bytes_of_a_token_are_those_that_a_decode_step_touches(monkeypatch: pyte
                     used = len(np.unique(np.asarray(ids[0])))
                     parts = [p[0].nbytes * used for p in planes(weight)]
                 touched[name] = sum(parts)
-            if function.__name__.startswith("mla_decode"):
+            if function.__name__.startswith("attend"):
                 rows_read.append(args[2].nbytes)
             return function(*args, **kwargs)
 

@@ -48,7 +48,7 @@ TO_TWIN: dict[str, Case] = {
     "route: fewer than eight experts": Route(7, 4),
     "route: more than 256 experts": Route(257, 4),
     "mla_decode: rows of 63": Mla(4, 40, latent=63),
-    "mla_decode: fewer than eight values": Mla(1, 33, latent=62, rope=2),
+    "mla_decode: fewer than eight values": Mla(1, 33, latent=6, rope=2),
 }
 
 

@@ -36,32 +36,45 @@ def test_agrees_with_float64_at_real_shapes(case: Mla) -> None:
     verify(case, "fast")
 
 
-@pytest.mark.parametrize("at", [0, 40, 99])
+@pytest.mark.parametrize("at", [0, 40, 98])
 def test_one_row_that_wins_is_the_result(at: int) -> None:
     """Scores far above and below all others: nothing overflows, wherever the winner is."""
-    cache = np.random.default_rng(0).standard_normal((1, 100, 80)).astype(np.float32)
-    cache[0, at, 64] = 1e4
-    q_pe = np.zeros((1, 5, 1, 16), np.float32)
-    q_pe[..., 0] = 1.0
-    rows = mx.array(cache)
-    (out,) = run(lambda: [mla_decode(mx.zeros((1, 5, 1, 64)), mx.array(q_pe), rows, 1.0)], launches=2)
-    np.testing.assert_array_equal(np.array(out), np.broadcast_to(cache[0, at, :64], (1, 5, 1, 64)))
+    case = Mla(5, 100)
+    q_latent, q, kv_a, norm, wavelengths, _, position = case.inputs
+    rows = np.random.default_rng(0).standard_normal((1, 100, 80)).astype(np.float32)
+    rows[0, at, 0] = 1e4
+    q_latent = np.zeros((1, 5, 1, 64), np.float32)
+    q_latent[..., 0] = 1.0
+    inputs = (mx.array(q_latent), 0 * mx.nan_to_num(q), kv_a, norm, wavelengths, mx.array(rows), position)
+    (out,) = run(lambda: [mla_decode(*inputs, 1.0)[0]], launches=2)
+    np.testing.assert_array_equal(np.array(out), np.broadcast_to(rows[0, at, :64], (1, 5, 1, 64)))
 
 
 def test_what_is_not_finite_stays_with_the_queries_that_see_it() -> None:
-    """A row of NaN reaches every query that sees it, and no other; a query of NaN, only itself."""
+    """A new row of NaN reaches every query that sees it, and no other; a query of NaN, only itself."""
     case = Mla(5, 70, tokens=3)
-    q_latent, q_pe, cache = case.inputs
-    (clean,) = run(case.kernel, launches=2)
-    rows = np.array(cache)
-    rows[0, -2] = np.nan
-    (got,) = run(lambda: [mla_decode(q_latent, q_pe, mx.array(rows), case.scale)], launches=2)
+    q_latent, q, kv_a, *others = case.inputs
+    (clean,) = run(lambda: [mla_decode(*case.inputs, case.scale)[0]], launches=2)
+    new = np.array(kv_a)
+    new[0, 1] = np.nan
+    (got,) = run(lambda: [mla_decode(q_latent, q, mx.array(new), *others, case.scale)[0]], launches=2)
     assert np.isnan(float64(got)[:, :, 1:]).all()
     assert bits(got[:, :, :1]) == bits(clean[:, :, :1])
     queries = np.array(q_latent)
     queries[0, 2, 1] = np.nan
-    (got,) = run(lambda: [mla_decode(mx.array(queries), q_pe, cache, case.scale)], launches=2)
+    (got,) = run(lambda: [mla_decode(mx.array(queries), q, kv_a, *others, case.scale)[0]], launches=2)
     assert np.isnan(float64(got)[0, 2, 1]).all()
     queries_left = np.ones((5, 3), bool)
     queries_left[2, 1] = False
     np.testing.assert_array_equal(float64(got)[0][queries_left], float64(clean)[0][queries_left])
+
+
+def test_rows_are_written_in_place_and_nothing_else_is() -> None:
+    case = Mla(4, 37, tokens=2)
+    cache = case.inputs[5]
+    before = np.array(cache)
+    (_, after) = run(lambda: list(mla_decode(*case.inputs, case.scale)), launches=2)
+    assert after is cache
+    np.testing.assert_array_equal(np.array(after)[:, :35], before[:, :35])
+    np.testing.assert_array_equal(np.array(after)[:, 37:], before[:, 37:])
+    assert not np.isnan(np.array(after)[:, 35:37]).any()

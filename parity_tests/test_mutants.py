@@ -12,6 +12,7 @@ import pytest
 
 import glm_mlx.model
 import glm_mlx.packing
+import kernels.mla_decode
 import kernels.planes
 import kernels.qmv
 from glm_mlx.cache import LatentCache
@@ -117,18 +118,24 @@ def swapped_halves(terms: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def rope(traditional: bool = True, shift: int = 0, only_keys: bool = False) -> Plant:
-    def wrong(self: Attention, x: mx.array, offset: int) -> mx.array:
-        moved = offset + (shift if not only_keys or x.shape[1] == 1 else 0)
+    """Both callers: the model for queries, latent_rows_ops for keys, which have one head."""
+
+    def wrong(x: mx.array, wavelengths: mx.array, position: int) -> mx.array:
+        moved = position + (shift if not only_keys or x.shape[1] == 1 else 0)
         return mx.fast.rope(
-            x, x.shape[-1], traditional=traditional, base=None, scale=1.0, offset=moved, freqs=self.wavelengths
+            x, x.shape[-1], traditional=traditional, base=None, scale=1.0, offset=moved, freqs=wavelengths
         )
 
-    return instead(Attention, "_rope", lambda original: wrong)
+    def plant(patch: pytest.MonkeyPatch) -> None:
+        for module in (glm_mlx.model, kernels.mla_decode):
+            patch.setattr(module, "rope", wrong)
+
+    return plant
 
 
 def attend(change: Callable[..., tuple[Any, ...]]) -> Plant:
     """Call the attention op with changed arguments (q_latent, q_pe, cache, scale)."""
-    return instead(glm_mlx.model, "mla_decode", lambda op: lambda *args: op(*change(*args)))
+    return instead(glm_mlx.model, "attend_ops", lambda op: lambda *args: op(*change(*args)))
 
 
 def seeing_one_later_row(op: Callable[..., mx.array]) -> Callable[..., mx.array]:
@@ -199,7 +206,7 @@ MUTANTS = {
         attend(lambda q, pe, cache, scale: (q, pe, cache, (q.shape[-1] + pe.shape[-1]) ** -0.5)), "layers.0.attn_out"
     ),
     "every query sees the last row": Mutant(
-        instead(glm_mlx.model, "mla_decode", seeing_one_later_row), "layers.0.attn_out"
+        instead(glm_mlx.model, "attend_ops", seeing_one_later_row), "layers.0.attn_out"
     ),
     "chunks see only their own rows": Mutant(
         attend(lambda q, pe, cache, scale: (q, pe, cache[:, -q.shape[2] :], scale)), "decode"

@@ -6,7 +6,7 @@ import pytest
 
 from kernels.experts_down import experts_down_ops
 from kernels.experts_gate_up import experts_gate_up_ops
-from kernels.mla_decode import mla_decode_ops
+from kernels.mla_decode import attend_ops
 from kernels.route import Gating, route_ops
 from parity_tests.budgets import check
 from parity_tests.test_quants import weight
@@ -25,7 +25,7 @@ def test_attention_agrees_with_float64_and_sees_no_later_row(length: int, offset
         scores = np.einsum("bhw,bsw->bhs", q[:, :, i], rows) * 0.25
         p = np.exp(scores - scores.max(axis=-1, keepdims=True))
         want[:, :, i] = np.einsum("bhs,bsr->bhr", p / p.sum(axis=-1, keepdims=True), rows[..., :LATENT])
-    got = mla_decode_ops(mx.array(q[..., :LATENT]), mx.array(q[..., LATENT:]), mx.array(cache), 0.25)
+    got = attend_ops(mx.array(q[..., :LATENT]), mx.array(q[..., LATENT:]), mx.array(cache), 0.25)
     check("attention op", np.array(got), want, f"{length} queries at {offset}")
 
 
