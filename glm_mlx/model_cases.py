@@ -1,37 +1,30 @@
 """Every call of a kernel that a model makes."""
 
-from collections.abc import Mapping
-
 import mlx.core as mx
 
 from glm_mlx import model as model_module
 from glm_mlx.cache import STEP
 from glm_mlx.model import Model
 from kernels.cases import Case, calls
-from kernels.planes import Weight
 
 CONTEXTS = (STEP, 9 * STEP)  # rows: what a cache begins with, and enough to be split as far as it goes
 CHUNK = 4  # tokens; for more than one token each kernel is compiled anew
 
 
-def decode_cases(model: Model, weights: Mapping[str, Weight]) -> list[Case]:
+def decode_cases(model: Model) -> list[Case]:
     """The calls of a decoded token, in a short and in a long context. Nothing is computed."""
     cfg, found = model.cfg, dict[object, Case]()
     for context in CONTEXTS:
         rows = [mx.zeros((1, context, cfg.cache_dim), model.dtype)] * cfg.num_layers
-        with calls(model_module, _dense(weights), tokens=1) as made:
+        with calls(model_module, model, tokens=1) as made:
             model.step(mx.zeros((1, 1), mx.int32), mx.array([context - 1], mx.int32), rows)
         found.update((case.signature, case) for case in made)
     return list(found.values())
 
 
-def chunk_cases(model: Model, weights: Mapping[str, Weight]) -> list[Case]:
+def chunk_cases(model: Model) -> list[Case]:
     """The calls for the last few tokens of a prompt. Nothing is computed."""
-    with calls(model_module, _dense(weights), tokens=CHUNK) as made:
+    with calls(model_module, model, tokens=CHUNK) as made:
         hidden = model.hidden_states(mx.zeros((1, CHUNK), mx.int32), model.new_cache())
         model.logits(hidden)
     return made
-
-
-def _dense(weights: Mapping[str, Weight]) -> list[mx.array]:
-    return [weight for weight in weights.values() if isinstance(weight, mx.array)]

@@ -16,7 +16,6 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
 from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
@@ -31,7 +30,6 @@ from glm_mlx.model_cases import chunk_cases, decode_cases
 from kernels import launcher
 from kernels.cases import Case
 from kernels.check import check, machine
-from kernels.planes import Weight
 
 PATIENCE = 2.5  # seconds, after which calls for several tokens are left to the next start
 DIED = "the program ended while this was checked"
@@ -39,7 +37,7 @@ NO_MEMORY = re.compile("allocate|out of memory|insufficient memory", re.IGNORECA
 DOCTOR = "python -m glm_mlx.doctor"
 
 
-def leave_broken_kernels(model: Model, weights: Mapping[str, Weight]) -> list[str]:
+def leave_broken_kernels(model: Model) -> list[str]:
     """From now on the ops whose kernels do not work use their twins. Returns a line about each, for the user.
 
     Raises InputError where a kernel has left the GPU unusable for this process; at the next start it is left out.
@@ -49,7 +47,7 @@ def leave_broken_kernels(model: Model, weights: Mapping[str, Weight]) -> list[st
     start, memory, failed = time.perf_counter(), _Memory(), dict[str, str]()
     status = Console(stderr=True).status("checking the kernels, once on this device")
     try:
-        for case in [*decode_cases(model, weights), *_smallest(chunk_cases(model, weights))]:
+        for case in [*decode_cases(model), *_smallest(chunk_cases(model))]:
             if case.op in failed or not case.has_kernel:
                 continue
             call = f"{case.op}: {case.variant}, {case.shapes}, {case.dtype}, {case.tokens} tokens"

@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     _check(args)
     prompt = None if args.chat else _prompt(args)
     loaded = load_model(_model_path(args))
-    for line in leave_broken_kernels(loaded.model, loaded.weights):
+    for line in leave_broken_kernels(loaded.model):
         STDERR.print(line, markup=False, soft_wrap=True)
     talk = _Talk(loaded, args, _sampling(args, loaded))
     if args.verbose:

@@ -1,7 +1,7 @@
 """Calls of the ops of this folder as a model makes them, each to be tried on its own: what `kernels.check` checks."""
 
 import inspect
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from functools import wraps
@@ -43,7 +43,7 @@ class Case:
             return _outputs(self.function(**{**self.arguments, **exact}))
 
     def launches(self) -> list[launcher.Launch]:
-        """What `run` would launch; nothing where the op leaves this call to its twin. Raises KernelRefusedError."""
+        """What `run` launches on a GPU: nothing where its twin must do. Raises KernelRefusedError."""
         with launcher.recording() as seen:
             self.run()
         return [launch for launch, _ in seen]
@@ -109,13 +109,13 @@ class Case:
 
 
 @contextmanager
-def calls(module: ModuleType, weights: Iterable[mx.array], tokens: int) -> Iterator[list[Case]]:
+def calls(module: ModuleType, model: object, tokens: int) -> Iterator[list[Case]]:
     """Within the block the calls of ops that the module makes come to the list, each once, and its twin answers.
 
-    A call whose arguments have the same types, shapes and values is the same. weights: arrays that are the model's own
-    in any call; all other arrays of floats become random, so nothing of the model has to be computed.
+    A call whose arguments have the same types, shapes and values is the same. Arrays of floats that the model does not
+    hold, its activations, become random: nothing of the model is computed.
     """
-    own = {id(weight) for weight in weights}
+    own = _held(model)
     seen: dict[Hashable, tuple[Case, Any]] = {}
     found: list[Case] = []
 
@@ -148,6 +148,25 @@ def calls(module: ModuleType, weights: Iterable[mx.array], tokens: int) -> Itera
     finally:
         for name, function in before.items():
             setattr(module, name, function)
+
+
+def _held(model: object) -> set[int]:
+    """The identities of all arrays in an object, at any depth."""
+    left, seen, arrays = [model], set[int](), set[int]()
+    while left:
+        item = left.pop()
+        if id(item) in seen:
+            continue
+        seen.add(id(item))
+        if isinstance(item, mx.array):
+            arrays.add(id(item))
+        elif isinstance(item, Mapping):
+            left += item.values()
+        elif isinstance(item, list | tuple):
+            left += item
+        elif hasattr(item, "__dict__"):
+            left += vars(item).values()
+    return arrays
 
 
 def _is_floats(value: Any) -> bool:

@@ -48,10 +48,13 @@ class KernelRefusedError(ValueError):
 
 
 def back_end(op: str) -> BackEnd | None:
-    """What launches the kernel of an op on the default device; None where its twin must do."""
-    if op in _avoided or mx.default_device() != mx.Device(mx.gpu):
+    """What launches the kernel of an op on the default device; None where its twin must do.
+
+    In a `recording` block, where nothing is launched, a CPU has one too.
+    """
+    if op in _avoided or (mx.default_device() != mx.Device(mx.gpu) and _recorded is None):
         return None
-    return cast(BackEnd, mx.fast.metal_kernel if mx.metal.is_available() else mx.fast.cuda_kernel)
+    return cast(BackEnd, mx.fast.cuda_kernel if mx.cuda.is_available() else mx.fast.metal_kernel)
 
 
 @contextmanager

@@ -102,7 +102,8 @@ def spoil(edit: Edit, op: str) -> None:
 
 def cases_of(file: str | Path, dtype: mx.Dtype = mx.bfloat16, tokens: int = 1) -> list[Case]:
     cfg, weights = read_small(file)
-    return (decode_cases if tokens == 1 else chunk_cases)(Model(cfg, weights, dtype), weights)
+    model = Model(cfg, weights, dtype)
+    return [case for case in (decode_cases(model) if tokens == 1 else chunk_cases(model)) if case.has_kernel]
 
 
 # --- one check
@@ -130,7 +131,7 @@ def test_every_kernel_of_a_published_composition_agrees(
             assert check(case, timed=False) == Result(compiles=True, agrees=True), case.variant
             ran = [launch.kernel.rpartition("_")[0] for launch in launches[before:]]
             assert ran == PARTS.get(case.op, [case.op])
-    assert {case.op for case in cases} == set(launcher.OPS)
+    assert {case.op for case in cases} >= set(launcher.OPS) - ({"mla_decode"} if tokens > 1 else set())
     assert {case.dtype for case in cases if case.op != "route"} == {str(dtype).removeprefix("mlx.core.")}
 
 
@@ -196,10 +197,9 @@ def test_a_difference_is_found_in_any_one_value() -> None:
 def test_what_is_checked_for_a_model_is_what_it_launches(name: str, model_file: MakeModel) -> None:
     """Not something like it: the same prepared launches, of the same weights."""
     with executing() as launches:
-        loaded = load_model(model_file(variants.VARIANTS[name]))
-        model = loaded.model
+        model = load_model(model_file(variants.VARIANTS[name])).model
         with launcher.recording() as checked:
-            for case in [*decode_cases(model, loaded.weights), *chunk_cases(model, loaded.weights)]:
+            for case in [*decode_cases(model), *chunk_cases(model)]:
                 case.run()
         with launcher.recording() as launched:
             rows = [mx.zeros((1, STEP, model.cfg.cache_dim), model.dtype)] * model.cfg.num_layers
@@ -227,13 +227,13 @@ class Start:
     """What `generate` does about kernels once a model is loaded, on a machine with Metal."""
 
     def __init__(self, file: str):
-        self.loaded = load_model(file, mx.bfloat16)
+        self.model = load_model(file, mx.bfloat16).model
 
     def __call__(self) -> tuple[list[str], int]:
         """The lines for the user, and the number of launches."""
         launcher._avoided.clear()
         with executing() as launches:
-            lines = self_test.leave_broken_kernels(self.loaded.model, self.loaded.weights)
+            lines = self_test.leave_broken_kernels(self.model)
         return lines, len(launches)
 
 
