@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
         }
         args.json.write_text(json.dumps(whole, indent=1, allow_nan=False) + "\n")
     if args.compile_only:
-        return 0 if all(result.compiles for result in found.values()) else 1
+        return 0 if found and all(result.compiles for result in found.values()) else 1
     return 1 if any(result.error for result in found.values()) else 0
 
 

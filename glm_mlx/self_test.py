@@ -33,7 +33,7 @@ from kernels.check import check, machine
 
 PATIENCE = 2.5  # seconds, after which calls for several tokens are left to the next start
 DIED = "the program ended while this was checked"
-NO_MEMORY = re.compile("allocate|out of memory|insufficient memory", re.IGNORECASE)  # says nothing of the kernel
+NO_MEMORY = re.compile("allocate|out of memory|insufficient memory", re.IGNORECASE)
 DOCTOR = "python -m glm_mlx.doctor"
 
 
@@ -104,7 +104,10 @@ class _Memory:
                     left.unlink()
 
     def check(self, name: str, case: Case) -> str | None:
-        """The error, remembered. Raises InputError where the GPU is unusable after it."""
+        """The error, remembered. Raises InputError where the GPU is unusable after it.
+
+        Without the memory for a check, which takes more than the kernel does, there is no error.
+        """
         with suppress(OSError):
             self.mark.parent.mkdir(parents=True, exist_ok=True)
             self.mark.write_text(name)
@@ -114,9 +117,10 @@ class _Memory:
             with suppress(OSError):
                 self.mark.unlink()
         mx.clear_cache()  # of what the twin expanded
-        if error is None or not NO_MEMORY.search(error):
-            self.outcomes[name] = error
-            self._save()
+        if error is not None and NO_MEMORY.search(error):
+            return None
+        self.outcomes[name] = error
+        self._save()
         if error is not None:
             try:
                 mx.eval(mx.ones(8) + 1)
