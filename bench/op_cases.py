@@ -16,7 +16,7 @@ from glm_mlx.model import rope_wavelengths
 from kernels import launcher
 from kernels.experts_down import experts_down
 from kernels.experts_gate_up import experts_gate_up, swiglu_ops
-from kernels.mla_decode import latent_rows_ops, mla_decode, rope
+from kernels.mla_decode import latent_rows_ops, mla_decode, rope_ops
 from kernels.planes import GROUP, QUANT_TYPES, SUPER, QuantizedTensor, Weight, group_scales
 from kernels.qmv import Norm, absorb, merge_heads, qmv, qmv_all
 from kernels.route import route
@@ -430,7 +430,7 @@ def _mla_decode_case(context: int, dtype: mx.Dtype, sizes: Sizes) -> Case:
 
     def by_mlx(x: mx.array, i: int) -> list[mx.array]:
         own = mx.unflatten(q, -1, (heads, -1))[..., -CFG.qk_rope_head_dim :].swapaxes(1, 2)
-        q_pe = rope(own, wavelengths, position)
+        q_pe = rope_ops(own, wavelengths, position)
         new = mx.concatenate([*latent_rows_ops(kv_a, norm, wavelengths, position)], axis=-1)
         key = mx.concatenate([caches[i][:, :-1], new], axis=1)[:, None]
         queries = mx.concatenate([x, q_pe], axis=-1)

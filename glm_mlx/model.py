@@ -21,7 +21,7 @@ from glm_mlx.cache import LatentCache, TracedCache
 from glm_mlx.config import Config
 from kernels.experts_down import experts_down
 from kernels.experts_gate_up import experts_gate_up, swiglu_ops
-from kernels.mla_decode import attend_ops, latent_rows_ops, mla_decode, rope
+from kernels.mla_decode import attend_ops, latent_rows_ops, mla_decode, rope_ops
 from kernels.planes import Weight
 from kernels.qmv import Norm, absorb, embed_ops, merge_heads, norm_qmv, qmv, qmv_all
 from kernels.route import route
@@ -119,7 +119,7 @@ class Attention:
         latent, k_pe = latent_rows_ops(kv_a, self.kv_a_layernorm, self.wavelengths, cache.offset)
         heads = q.reshape(*q.shape[:2], cfg.num_heads, cfg.qk_head_dim).swapaxes(1, 2)
         q_nope, q_pe = mx.split(heads, [cfg.qk_nope_head_dim], axis=-1)  # (B, H, L, N), (B, H, L, P)
-        q_pe = rope(q_pe, self.wavelengths, cache.offset)
+        q_pe = rope_ops(q_pe, self.wavelengths, cache.offset)
         tap("q", mx.concatenate([q_nope, q_pe], axis=-1).swapaxes(1, 2))
         tap("latent", latent)
         tap("k_pe", k_pe)

@@ -39,7 +39,7 @@ ROWS_OF_SPLIT, MAX_SPLITS = 32, 64  # rows that are worth a threadgroup of their
 COMBINE_THREADS = 128
 
 
-def rope(x: mx.array, wavelengths: mx.array, position: int | mx.array) -> mx.array:
+def rope_ops(x: mx.array, wavelengths: mx.array, position: int | mx.array) -> mx.array:
     """Rotate pairs (2i, 2i + 1) of (B, heads, L, P); `position` is that of the first row."""
     return mx.fast.rope(x, x.shape[-1], traditional=True, base=None, scale=1.0, offset=position, freqs=wavelengths)
 
@@ -67,7 +67,7 @@ def latent_rows_ops(
 ) -> tuple[mx.array, mx.array]:
     """(B, L, R + P) -> latent (B, L, R) normed, k_pe (B, L, P) rotated: what is cached."""
     latent, k_pe = mx.split(kv_a, [norm.weight.size], axis=-1)
-    return norm(latent), rope(k_pe[:, None], wavelengths, position)[:, 0]
+    return norm(latent), rope_ops(k_pe[:, None], wavelengths, position)[:, 0]
 
 
 def mla_decode_ops(
@@ -84,7 +84,7 @@ def mla_decode_ops(
     q_pe = q.reshape(1, length, heads, -1)[..., -2 * wavelengths.size :].swapaxes(1, 2)
     new = mx.concatenate([*latent_rows_ops(kv_a, norm, wavelengths, position)], axis=-1)
     cache = mx.slice_update(cache, new.astype(cache.dtype), position, axes=(1,))
-    return attend_ops(q_latent, rope(q_pe, wavelengths, position), cache, scale, position + length), cache
+    return attend_ops(q_latent, rope_ops(q_pe, wavelengths, position), cache, scale, position + length), cache
 
 
 def mla_decode(

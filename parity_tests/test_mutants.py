@@ -128,7 +128,7 @@ def rope(traditional: bool = True, shift: int = 0, only_keys: bool = False) -> P
 
     def plant(patch: pytest.MonkeyPatch) -> None:
         for module in (glm_mlx.model, kernels.mla_decode):
-            patch.setattr(module, "rope", wrong)
+            patch.setattr(module, "rope_ops", wrong)
 
     return plant
 
