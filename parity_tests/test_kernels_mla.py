@@ -19,6 +19,12 @@ CASES = [
     Mla(HEADS[i % 4], context, *WIDTHS[i % 5], tokens=min(context, 1 + (3 * i) % 8), dtype=DTYPES[i % 3])
     for i, context in enumerate(CONTEXTS)
 ]
+# Splits are as many as the whole cache wants: most have no row yet.
+MOSTLY_EMPTY = [
+    Mla(5, 2, room=MAX_SPLITS * ROWS_OF_SPLIT),
+    Mla(3, 70, 96, 32, tokens=3, room=1000, dtype=mx.bfloat16),
+    Mla(4, MAX_SPLITS + 1, room=MAX_SPLITS * ROWS_OF_SPLIT, tokens=2),
+]
 REAL = [
     Mla(20, 4096, 512, 64, dtype=mx.bfloat16),
     Mla(20, 129, 512, 64, tokens=8),
@@ -26,7 +32,7 @@ REAL = [
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [*CASES, *MOSTLY_EMPTY], ids=str)
 def test_agrees_with_float64(case: Mla) -> None:
     verify(case)
 
@@ -46,6 +52,22 @@ def test_one_row_that_wins_is_the_result(at: int) -> None:
     q_latent = np.zeros((1, 5, 1, 64), np.float32)
     q_latent[..., 0] = 1.0
     inputs = (mx.array(q_latent), 0 * mx.nan_to_num(q), kv_a, norm, wavelengths, mx.array(rows), position)
+    (out,) = run(lambda: [mla_decode(*inputs, 1.0)[0]], launches=2)
+    np.testing.assert_array_equal(np.array(out), np.broadcast_to(rows[0, at, :64], (1, 5, 1, 64)))
+
+
+@pytest.mark.parametrize("at", [0, 40, 98])
+def test_the_best_of_scores_far_below_zero_is_the_result(at: int) -> None:
+    case = Mla(5, 100)
+    _, q, kv_a, norm, wavelengths, _, position = case.inputs
+    rows = np.random.default_rng(0).standard_normal((1, 100, 80)).astype(np.float32)
+    rows[0, :, 0] = -1
+    rows[0, at, 0] = -0.5
+    new = np.zeros(kv_a.shape, np.float32)
+    new[..., 0] = -1  # normed, -8
+    q_latent = np.zeros((1, 5, 1, 64), np.float32)
+    q_latent[..., 0] = 1e4
+    inputs = (mx.array(q_latent), 0 * mx.nan_to_num(q), mx.array(new), norm, wavelengths, mx.array(rows), position)
     (out,) = run(lambda: [mla_decode(*inputs, 1.0)[0]], launches=2)
     np.testing.assert_array_equal(np.array(out), np.broadcast_to(rows[0, at, :64], (1, 5, 1, 64)))
 

@@ -55,7 +55,7 @@ RESIDUAL = [
     for i, cols in enumerate(COLS[block(kind)][3:5])
 ]
 HEADS = [
-    HeadQmv(kind, 3, EDGES[j % 3], cols, tokens=1 + (2 * i + j) % 8, dtype=DTYPES[(i + j) % 3])
+    HeadQmv(kind, 3, EDGES[j % 3], cols, tokens=1 + (2 * i + j) % 8, dtype=DTYPES[(i + j) % 3], merges=bool(i % 2))
     for j, kind in enumerate(KINDS)
     for i, cols in enumerate(COLS[block(kind)][1:3])
 ]
@@ -81,8 +81,8 @@ REAL: list[Case] = [
     Qmv(("Q4_0", "Q4_0"), (768, 576), 2048, norm=True, dtype=mx.bfloat16),  # q_a, kv_a
     Qmv(("Q4_K", "Q8_0"), (768, 576), 2048, norm=True, dtype=mx.float16),
     Qmv(("Q4_0",), (5120,), 768, norm=True, tokens=8),  # q_b
-    HeadQmv("Q5_0", 20, 512, 192, dtype=mx.bfloat16),  # k_b
-    HeadQmv("Q8_0", 20, 256, 512, tokens=2),  # v_b
+    HeadQmv("Q5_0", 20, 512, 192, dtype=mx.bfloat16, beside=64),  # k_b
+    HeadQmv("Q8_0", 20, 256, 512, tokens=2, merges=True),  # v_b
     Qmv(("Q4_0",), (2048,), 5120, residual=True, tokens=2, dtype=mx.bfloat16),  # output projection
     Qmv(("Q4_0", "Q4_0"), (10240, 10240), 2048, norm=True),  # gate and up of the dense layer
     Qmv(("Q4_1",), (2048,), 10240, residual=True, dtype=mx.bfloat16),  # its down
