@@ -7,6 +7,7 @@ that nobody chose. Exact results are float64, from the values that `dequantize_o
 test_quants) and the inputs as rounded to `dtype`.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -105,13 +106,15 @@ def about(unit: int) -> int:
 
 
 def among_poison(a: mx.array, rows: int, at: mx.array) -> mx.array:
-    """(rows, ...) with the rows of `a` at these places. The others, one before and one after them in memory are NaN, or
-    integers that mean nothing."""
+    """(rows, ...) with the rows of `a` at these places. The others, and some before and after them in memory, are NaN,
+    or integers that mean nothing. A frame is whole vectors of 16 bytes, in which kernels read: a model's arrays begin
+    at such places, and a GPU stops at others."""
     poison = float("nan") if mx.issubdtype(a.dtype, mx.floating) else 85
-    whole = mx.full((rows + 2, *a.shape[1:]), poison, a.dtype)
-    whole[at + 1] = a
+    frame = 16 // math.gcd(16, math.prod(a.shape[1:]) * a.dtype.size)
+    whole = mx.full((rows + 2 * frame, *a.shape[1:]), poison, a.dtype)
+    whole[at + frame] = a
     mx.eval(whole)
-    return whole[1:-1]
+    return whole[frame:-frame]
 
 
 def framed(a: mx.array) -> mx.array:
