@@ -648,6 +648,7 @@ def test_what_cannot_be_used_gets_one_line_before_any_work(
 def test_ctrl_c_ends_with_130_and_no_traceback() -> None:
     with subprocess.Popen(COMMAND, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         while sum(psutil.Process(process.pid).cpu_times()[:2]) < 1.5:  # it starts in half a second
+            assert process.poll() is None, "it ended by itself"
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=20)
