@@ -83,8 +83,9 @@ class Case:
 
     @property
     def dtype(self) -> str:
-        """Of the activations."""
-        return str(self.arguments[self.activations[0]].dtype).removeprefix("mlx.core.")
+        """Of the activations, or of whatever array comes first."""
+        names = self.activations or [name for name, value in self.arguments.items() if isinstance(value, mx.array)]
+        return str(self.arguments[names[0]].dtype).removeprefix("mlx.core.")
 
     @property
     def nbytes(self) -> int:
