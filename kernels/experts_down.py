@@ -67,7 +67,8 @@ def experts_down(
     if residual is not None:
         arrays.append(residual)
     kinds = tuple(launcher.kind(w) for w in matrices)
-    launch = _launch(back_end, tokens, top_k, hidden.dtype, kinds, residual is not None)
+    shapes = tuple(None if a is None else tuple(a.shape) for a in (hidden, shared_hidden, weights, residual))
+    launch = _launch(back_end, tokens, top_k, hidden.dtype, kinds, shapes)
     return launch(*arrays, *(plane for w in matrices for plane in launcher.planes(w)))[0]
 
 
@@ -78,10 +79,24 @@ def _launch(
     top_k: int,
     dtype: mx.Dtype,
     kinds: tuple[launcher.Kind, ...],
-    with_residual: bool,
+    shapes: tuple[tuple[int, ...] | None, ...],
 ) -> launcher.Launch:
     num_experts, rows, width = kinds[0][1]
     shared_width = kinds[1][1][1] if len(kinds) > 1 else 0
+    hidden, shared_hidden, weights, residual = shapes
+    with_residual = residual is not None
+    launcher.require(
+        "experts_down",
+        launcher.floats(dtype, "hidden"),
+        (hidden == (tokens, top_k, width), f"hidden of shape {hidden} for experts {(tokens, top_k)} of width {width}"),
+        (weights == (tokens, top_k), f"weights of shape {weights} for experts of {(tokens, top_k)}"),
+        (residual in (None, (tokens, rows)), f"a residual of shape {residual} for a result of {(tokens, rows)}"),
+        *(
+            (shape == (rows, shared_width), f"shared down of shape {shape}, others of {rows} rows")
+            for _, shape in kinds[1:]
+        ),
+        (len(kinds) == 1 or shared_hidden == (tokens, shared_width), f"shared hidden of shape {shared_hidden}"),
+    )
     slots = top_k + shared_width // width
     simdgroups = min(slots, MAX_SIMDGROUPS)
     return launcher.prepare(

@@ -49,16 +49,29 @@ def experts_gate_up(
     weights = [gate, up]
     if shared_gate is not None and shared_up is not None:
         weights += [shared_gate, shared_up]
-    launch = _launch(back_end, tokens, top_k, x.dtype, tuple(launcher.kind(w) for w in weights))
+    launch = _launch(back_end, tuple(x.shape), tokens, top_k, x.dtype, tuple(launcher.kind(w) for w in weights))
     hidden, *shared = launch(x, experts, *(plane for w in weights for plane in launcher.planes(w)))
     return hidden, shared[0] if shared else None
 
 
 @cache
 def _launch(
-    back_end: launcher.BackEnd, tokens: int, top_k: int, dtype: mx.Dtype, kinds: tuple[launcher.Kind, ...]
+    back_end: launcher.BackEnd,
+    x_shape: tuple[int, ...],
+    tokens: int,
+    top_k: int,
+    dtype: mx.Dtype,
+    kinds: tuple[launcher.Kind, ...],
 ) -> launcher.Launch:
     num_experts, width, cols = kinds[0][1]
+    launcher.require(
+        "experts_gate_up",
+        launcher.floats(dtype, "x"),
+        (x_shape == (tokens, cols), f"x of shape {x_shape} for {tokens} tokens and matrices of {cols} columns"),
+        (kinds[1][1] == kinds[0][1], f"gate of shape {kinds[0][1]} and up of {kinds[1][1]}"),
+        *((shape[-1] == cols, f"shared experts of shape {shape}, others of {cols} columns") for _, shape in kinds[2:]),
+        (len({shape for _, shape in kinds[2:]}) < 2, "shared gate and up of two shapes"),
+    )
     outputs: dict[str, tuple[tuple[int, ...], mx.Dtype]] = {"hidden": ((tokens, top_k, width), dtype)}
     template: dict[str, int | bool | mx.Dtype] = {
         "T": dtype,

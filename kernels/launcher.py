@@ -47,6 +47,18 @@ class KernelRefusedError(ValueError):
         self.op = op
 
 
+def require(op: str, *facts: tuple[bool, str]) -> None:
+    """Raises KernelRefusedError with the text of the first fact that does not hold. For what is prepared, once."""
+    for holds, why in facts:
+        if not holds:
+            raise KernelRefusedError(op, why)
+
+
+def floats(dtype: mx.Dtype, name: str) -> tuple[bool, str]:
+    """The fact that an array of activations is one that kernels read."""
+    return dtype in _DENSE, f"{name} is {str(dtype).removeprefix('mlx.core.')}; float32, float16 or bfloat16 is read"
+
+
 def back_end(op: str) -> BackEnd | None:
     """What launches the kernel of an op on the default device; None where its twin must do.
 

@@ -105,7 +105,7 @@ def _qmv(
         kinds,
         None if norm is None else norm.eps,
         normed_too,
-        residual is not None,
+        None if residual is None else residual.size,
     )
     extra = [] if norm is None else [norm.weight]
     if residual is not None:
@@ -153,7 +153,7 @@ def _heads(
     back_end: launcher.BackEnd, x: mx.array, w: Weight, length: int, strides: tuple[int, int, int, int]
 ) -> mx.array:
     kind, (heads, rows, cols) = launcher.kind(w)
-    launch = _launch(back_end, heads, strides, length, x.dtype, x.dtype, ((kind, (rows, cols)),), None, False, False)
+    launch = _launch(back_end, heads, strides, length, x.dtype, x.dtype, ((kind, (rows, cols)),), None, False, None)
     return launch(x, *launcher.planes(w))[0]
 
 
@@ -175,9 +175,17 @@ def _launch(
     kinds: tuple[launcher.Kind, ...],
     eps: float | None,
     normed_too: bool,
-    with_residual: bool,
+    residual_size: int | None,
 ) -> launcher.Launch:
-    cols = kinds[0][1][1]
+    cols = kinds[0][1][-1]
+    with_residual = residual_size is not None
+    launcher.require(
+        "qmv",
+        launcher.floats(dtype, "x"),
+        *((shape[1:] == (cols,), f"matrices of {cols} columns and of shape {shape}") for _, shape in kinds),
+        (heads > 1 or strides[1] == cols, f"x of {strides[1]} columns for matrices of {cols}"),
+        (residual_size in (None, tokens * kinds[0][1][0]), f"a residual of {residual_size} values"),
+    )
     lanes = max(_lanes(kind, cols) for kind, _ in kinds)
     block = ROWS * launcher.LANES // lanes
     blocks, matrices = 0, []

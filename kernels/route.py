@@ -48,7 +48,8 @@ def route(
     back_end = launcher.back_end("route") if tokens <= launcher.MAX_TOKENS else None
     if back_end is None or not 8 <= num_experts <= MAX_EXPERTS:
         return route_ops(router_logits, bias, top_k, gating, normalize, scale)
-    launch = _launch(back_end, tokens, num_experts, bias is not None, top_k, gating, normalize, scale)
+    bias_size = None if bias is None else bias.size
+    launch = _launch(back_end, tokens, num_experts, bias_size, top_k, gating, normalize, scale)
     experts, weights = launch(router_logits, *([] if bias is None else [bias]))
     return experts, weights
 
@@ -58,12 +59,18 @@ def _launch(
     back_end: launcher.BackEnd,
     tokens: int,
     num_experts: int,
-    with_bias: bool,
+    bias_size: int | None,
     top_k: int,
     gating: Gating,
     normalize: bool,
     scale: float,
 ) -> launcher.Launch:
+    with_bias = bias_size is not None
+    launcher.require(
+        "route",
+        (bias_size in (None, num_experts), f"a bias of {bias_size} values for {num_experts} experts"),
+        (0 < top_k <= num_experts, f"{top_k} of {num_experts} experts"),
+    )
     return launcher.prepare(
         back_end,
         "route",

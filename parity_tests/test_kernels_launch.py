@@ -208,7 +208,6 @@ MISFITS: dict[str, Callable[[], Sequence[mx.array | None]]] = {
 }
 
 
-@pytest.mark.xfail(strict=True, reason="ops do not look at shapes and dtypes yet")
 @pytest.mark.parametrize("what", MISFITS)
 def test_inputs_that_do_not_fit_are_refused_by_name(what: str) -> None:
     if on_gpu():
