@@ -3,7 +3,6 @@
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from importlib import import_module
 from typing import Any
 
 import mlx.core as mx
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 
 import glm_mlx.model
+from bench import op_cases, op_timing
 from glm_mlx.load import load_model
 from glm_mlx.model import decode_bytes
 from glm_mlx.small import SMALL_MODEL
@@ -19,7 +19,6 @@ from kernels.planes import QuantizedTensor, Weight
 from kernels.qmv import Norm
 
 # import-linter keeps tests and benchmarks from importing one another.
-op_cases, op_timing = import_module("bench.op_cases"), import_module("bench.op_timing")
 SIZES = replace(op_cases.CPU, num_experts=6, layers=2, vocab_size=512, rotating_bytes=1 << 20, contexts=(64,))
 
 

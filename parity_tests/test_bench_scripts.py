@@ -4,22 +4,19 @@ import json
 import subprocess
 import sys
 from argparse import Namespace
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import pytest
 
+from bench import conditions, decode, launches, op_cases, ops_speed, script, subject, synthetic
 from glm_mlx.cache import LatentCache
 from glm_mlx.errors import InputError
 from glm_mlx.model import Model
 from kernels import launcher
 
 # import-linter keeps tests and benchmarks from importing one another.
-decode, ops_speed, script = (import_module(f"bench.{name}") for name in ("decode", "ops_speed", "script"))
-conditions, op_cases, subject = (import_module(f"bench.{name}") for name in ("conditions", "op_cases", "subject"))
-launches = import_module("bench.launches")
 ROOT = Path(__file__).parents[1]
 
 
@@ -97,7 +94,7 @@ def test_a_random_context_is_not_read_but_counts(tmp_path: Path, monkeypatch: py
 def test_a_synthetic_model_needs_no_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    made = import_module("bench.synthetic")
+    made = synthetic
     keys = made.metadata
     monkeypatch.setattr(
         made,

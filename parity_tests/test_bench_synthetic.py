@@ -2,13 +2,13 @@
 
 from collections import Counter
 from dataclasses import replace
-from importlib import import_module
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from gguf.constants import GGMLQuantizationType
 
+from bench import synthetic
 from glm_mlx.cache import LatentCache
 from glm_mlx.config import Config
 from glm_mlx.errors import InputError
@@ -17,7 +17,6 @@ from glm_mlx.packing import pack, packed_nbytes
 from kernels.planes import QUANT_TYPES, QuantizedTensor, dequantize_ops, unpack_quants
 
 # import-linter keeps tests and benchmarks from importing one another.
-synthetic = import_module("bench.synthetic")
 MIXES, config, tensors = synthetic.MIXES, synthetic.config, synthetic.tensors
 
 # Of published files: tensors by type, and GB.

@@ -1,11 +1,9 @@
 """The figures under every benchmark, on samples whose figures are known."""
 
-from importlib import import_module
-
 import numpy as np
 import pytest
 
-summarize = import_module("bench.timing").summarize  # import-linter keeps tests and benchmarks apart
+from bench.timing import summarize
 
 
 def test_summary_of_known_numbers() -> None:
