@@ -31,6 +31,8 @@ def run(work: Callable[[], int]) -> int:
     except ImportError as error:  # mlx itself installs on Linux without anything to run on
         return _error(f"MLX does not start: {error}; on Linux install one back end: pip install '.[cpu]'")
     except KeyboardInterrupt:
+        if sys.stderr.isatty():  # it may have come while a progress bar was about to do this
+            print("\x1b[?25h", end="", file=sys.stderr)  # show the cursor
         print(file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of a pipe has enough; a second complaint at exit must not follow
