@@ -74,6 +74,7 @@ def check_twice(got: npt.ArrayLike, exact: npt.ArrayLike, own: npt.ArrayLike, wh
     Where that is closer than a float32 kernel need be, by luck or because nothing was rounded, that is the measure.
     """
     error, measure = relative_error(got, exact), max(relative_error(own, exact), BUDGETS["kernel"].most)
+    assert measure < 0.1, f"{where}: MLX's own result is no measure, its error is {measure:.3g}"
     record("kernel, 16-bit", error / measure, where)
     most = BUDGETS["kernel, 16-bit"].most
     assert error <= most * measure, (

@@ -548,7 +548,9 @@ class Mla(Case):
         return [out, cache[:, : self.context]]
 
     def twin(self) -> Sequence[mx.array]:
-        out, cache = mla_decode_ops(*self.inputs, self.scale)
+        *others, cache, position = self.inputs
+        # MLX's matmul meets the rows that are not valid yet, with weights of 0.
+        out, cache = mla_decode_ops(*others, mx.nan_to_num(cache), position, self.scale)
         return [out, cache[:, : self.context]]
 
     @cached_property

@@ -35,7 +35,7 @@ CASES: dict[str, Case] = {
     "experts_gate_up": GateUp("Q4_0", width=16, cols=64, tokens=3),
     "experts_down": Down("Q4_0", width=64, cols=16, tokens=3),
     "route": Route(64, 4, tokens=3),
-    "mla_decode": Mla(4, 40, tokens=3),
+    "mla_decode": Mla(4, 40, tokens=3, room=0),
 }
 TO_TWIN: dict[str, Case] = {
     **{f"{op}: {TOO_MANY} tokens": replace(case, tokens=TOO_MANY) for op, case in CASES.items()},  # type: ignore
@@ -47,8 +47,8 @@ TO_TWIN: dict[str, Case] = {
     "experts_down: shared experts of another width": Down("Q4_0", width=64, shared="Q4_0", shared_width=96),
     "route: fewer than eight experts": Route(7, 4),
     "route: more than 256 experts": Route(257, 4),
-    "mla_decode: rows of 63": Mla(4, 40, latent=63),
-    "mla_decode: fewer than eight values": Mla(1, 33, latent=6, rope=2),
+    "mla_decode: rows of 63": Mla(4, 40, latent=63, room=0),
+    "mla_decode: fewer than eight values": Mla(1, 33, latent=6, rope=2, room=0),
 }
 
 
