@@ -1,0 +1,482 @@
+"""One-token faults in the kernels' texts: which of them does a small part of the table see?
+
+    nice python -m parity_tests.mutate            writes parity_tests/mutate.md
+
+Every mutant is one token of one file of `kernels/*.metal` replaced: an operator, a comparison, a constant, min for max,
+an index by 0, a size by 1, a barrier by one of its simdgroup. It runs through the executor with those of CASES whose
+code contains its line, until one fails. Mutants that clang or the lint refuses are counted apart: they could not be
+shipped. What survives is listed, with the reason where REASONS has one; exit code 1 where it has none, or where fewer
+than 97 of 100 that compile are caught.
+
+Launch shapes are set here, not taken from the modules, so that rows and turns are more than one in every loop.
+"""
+
+import argparse
+import hashlib
+import importlib
+import multiprocessing
+import os
+import re
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.metadata import version
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from rich.progress import Progress
+
+HERE = Path(__file__).resolve().parent
+TEXTS = HERE.parent / "kernels"
+RESULT = HERE / "mutate.md"
+LEAST = 0.97
+PATIENCE = 120.0  # seconds for one mutant; the slowest good one takes two
+LIFE = 150  # mutants of one worker: every library that it has loaded stays in its memory
+
+SHAPES = {
+    "qmv": {"ROWS": 2, "SIMDGROUPS": 2, "DEPTH": 2},
+    "experts_gate_up": {"ROWS": 2, "SIMDGROUPS": 2, "DEPTH": 2},
+    "experts_down": {"ROWS": 2, "MAX_SIMDGROUPS": 3, "DEPTH": 2},
+}
+
+# What a survivor changes, where it is no fault: text, pattern in "line before -> line after", why.
+REASONS: list[tuple[str, str, str]] = []
+
+# --- mutants
+
+
+@dataclass(frozen=True)
+class Mutant:
+    file: str
+    line: int  # from 1
+    before: str  # the line, stripped
+    after: str
+    text: str  # the whole file
+
+
+_TOKEN = re.compile(
+    r"//[^\n]*"
+    r"|(?P<float>\d+\.\d*(?:[eE][+-]?\d+)?f|\d+[eE][+-]?\d+f)"
+    r"|(?P<int>0[xX][0-9a-fA-F]+u?|\d+u?)\b"
+    r"|(?P<word>[A-Za-z_]\w*)"
+    r"|(?P<operator>(?<= )(?:<<|>>|<=|>=|==|!=|&&|\|\||\+=|-=|\*=|/=|\|=|[-+*/%<>&|])(?=[ \n])"
+    r"|(?<=[\[( ])[-!](?=[\w(]))"
+    r"|\S"
+)
+_OPERATORS = {
+    "+": ["-"],
+    "-": ["+"],
+    "*": ["+"],
+    "/": ["*"],
+    "%": ["/"],
+    "<<": [">>"],
+    ">>": ["<<"],
+    "&": ["|"],
+    "|": ["&"],
+    "&&": ["||"],
+    "||": ["&&"],
+    "<": ["<="],
+    ">": [">="],
+    "<=": ["<"],
+    ">=": [">"],
+    "==": ["!="],
+    "!=": ["=="],
+    "+=": ["="],
+    "-=": ["+="],
+    "*=": ["="],
+    "/=": ["="],
+    "|=": ["="],
+}
+_UNARY = {"-": [""], "!": [""]}
+_WORDS = {
+    "min": ["max"],
+    "max": ["min"],
+    "simd_sum": ["simd_max"],
+    "simd_max": ["simd_min"],
+    "simd_min": ["simd_max"],
+    "simd_any": ["simd_all"],
+    "exp": ["exp2"],
+    "exp2": ["exp"],
+    "rsqrt": ["sqrt"],
+    "isnan": ["isinf"],
+    "true": ["false"],
+    "false": ["true"],
+    "INFINITY": ["0.0f"],
+    "threadgroup_barrier": ["simdgroup_barrier", "(void)mem_flags"],
+    "mem_threadgroup": ["mem_none"],
+    "ifdef": ["ifndef"],
+    "x": ["y"],
+    "y": ["x"],
+    "z": ["y"],
+}
+
+
+def mutants_of(file: str, text: str) -> Iterator[Mutant]:
+    """Every mutant of a file, in the order of its text."""
+    # Names of whole numbers that are variables, and (in capitals) those that templates and launches set.
+    variables = set(re.findall(r"\b(?:uint|int|ushort)\s+(\w+)\s*[=,;)]", text)) - {"ROWS"}
+    for match in _TOKEN.finditer(text):
+        start, end = match.span()
+        line_start = text.rfind("\n", 0, start) + 1
+        line = text[line_start : text.find("\n", end)]
+        if line.startswith(("#pragma", "#ifndef", "#define H", "#endif", "template")) or match[0].startswith("//"):
+            continue
+        for new in _replacements(match, text, variables):
+            whole = text[:start] + new + text[end:]
+            after = whole[line_start : whole.find("\n", start + len(new))]
+            yield Mutant(file, text.count("\n", 0, start) + 1, line.strip(), after.strip(), whole)
+
+
+def _replacements(match: re.Match[str], text: str, variables: set[str]) -> Sequence[str]:
+    token, start, end = match[0], *match.span()
+    if match["operator"]:
+        unary = token in _UNARY and text[end] != " "
+        return _UNARY[token] if unary else _OPERATORS.get(token, [])
+    if match["float"]:
+        return ["1.0f"] if float(token[:-1]) == 0 else [f"{float(token[:-1]) + 1!r}f"]
+    before, behind = text[:start].rstrip(), text[end:].lstrip()
+    if match["int"]:
+        digits = token.rstrip("u")
+        suffix, value = token[len(digits) :], int(digits, 0)
+        if re.search(r"\blane(?: % uint\(LANES\))? ==$", before):
+            return []  # every lane has the sum, and any may write it
+        # One more, but for the length of an array, where that would be no fault.
+        is_length = before.endswith("[") and re.match(r"\](?:\[[^]]*\])*;", behind)
+        changed = value - 1 if is_length or value + 1 == 1 << 32 else value + 1
+        return [(hex(changed) if digits.startswith("0x") else str(changed)) + suffix]
+    if not match["word"]:
+        return []
+    if token in _WORDS:
+        component = token in "xyz"
+        return _WORDS[token] if component == (before.endswith(".") and not behind.startswith("(")) else []
+    declared = re.search(r"\b(?:uint|int|ushort|float|auto|bool|Eight|Raw|W|T)\s*\*?$", before)
+    if declared or before.endswith((".", "++")) or re.match(r"=(?!=)|[-+*/|]=|\+\+|\(|<\w|::", behind):
+        return []
+    if token in variables:
+        return ["0u" if re.search(rf"\buint\s+{token}\b", text) else "0"]
+    # Any DEPTH computes the same.
+    if re.fullmatch(r"(?!DEPTH)[A-Z][A-Z_]+", token) and not before.endswith(("class", "int", "#ifdef", "#define")):
+        return ["1"]
+    return []
+
+
+# --- workers
+
+
+class Call:
+    """A test as a case."""
+
+    def __init__(self, test: Callable[..., None], *arguments: Any) -> None:
+        self.test, self.arguments = test, arguments
+
+    def __str__(self) -> str:
+        return f"{self.test.__name__} {' '.join(map(str, self.arguments))}"
+
+
+def cases() -> list[Any]:
+    """A small part of the table: every type, dtype and path of the texts, in small launches of several rounds."""
+    import mlx.core as mx
+
+    from parity_tests import test_kernels_mla, test_kernels_traffic
+    from parity_tests.kernel_cases import KINDS, Down, GateUp, HeadQmv, Mla, Qmv, Route, block
+
+    half, brain = mx.float16, mx.bfloat16
+    return [
+        *(Qmv((kind,), (11,), {1: 1000, 32: 992, 256: 1024}[block(kind)], tokens=2) for kind in KINDS),
+        *(Qmv((kind,), (9,), 1280) for kind in ("Q4_K", "Q5_K", "Q6_K", "Q5_0")),
+        Qmv(("Q4_0", "Q8_0"), (67, 13), 96, norm=True, tokens=3),
+        Qmv(("Q5_1",), (35,), 288, norm=True, residual=True, tokens=2),
+        Qmv(("Q4_0",), (19,), 1024, dtype=brain, residual=True, tokens=2),
+        Qmv(("Q4_1",), (19,), 1024, dtype=half, tokens=2),
+        Qmv(("F32",), (12,), 520, normed_too=True, tokens=2),
+        Qmv(("Q8_0",), (70,), 64, normed_too=True, tokens=2),
+        Qmv(("F32",), (9,), 64, normed_too=True),
+        Qmv(("Q4_0",), (8,), 1056),
+        Qmv(("Q4_0",), (8,), 544, tokens=2),
+        HeadQmv("Q5_0", 3, 35, 192, tokens=2),
+        HeadQmv("Q4_0", 3, 9, 512, tokens=2, merges=True),
+        GateUp("Q4_0", 5, 2, 11, 992, "Q5_1", 18, tokens=2),
+        GateUp("Q4_0", 3, 2, 8, 1056, "Q4_0", 8),
+        GateUp("Q8_0", 5, 3, 8, 1024, ids="outside", tokens=2),
+        GateUp("F16", 5, 4, 9, 288, "Q5_0", 18, tokens=1),
+        Down("Q4_0", 6, 4, 992, 9, "Q5_1", 1984, tokens=2),
+        Down("Q4_0", 3, 2, 1056, 8, "Q4_0", 1056),
+        Down("Q8_0", 6, 3, 1024, 8, residual=False, ids="outside", tokens=2),
+        Down("Q4_K", 6, 2, 256, 9, "Q6_K", 256, tokens=1),
+        Route(48, 4, tokens=3),
+        Route(160, 6, "softmax", False, None, tokens=2),
+        Route(200, 1, "softmax", bias=None, logits="far", tokens=2),
+        Route(256, 8, "softmax", logits="ties", tokens=3),
+        Route(64, 7, logits="ties", bias=None, tokens=3),
+        Route(8, 8, bias=-4.0, tokens=2),
+        Route(64, 4, bias=-4.0, logits="nan", tokens=3),
+        Route(48, 4, bias=None, logits="nan", tokens=3),
+        Mla(5, 70, tokens=3),
+        Mla(3, 150, 96, 34, tokens=2, dtype=half),
+        Mla(4, 45, 128, 64, dtype=brain),
+        Mla(5, 7, 130, 62, tokens=2, room=2100),
+        Mla(1, 2050, 32, 32, room=0),
+        *(Call(test_kernels_mla.test_one_row_that_wins_is_the_result, at) for at in (0, 98)),
+        *(Call(test_kernels_mla.test_the_best_of_scores_far_below_zero_is_the_result, at) for at in (0, 98)),
+        Call(test_kernels_mla.test_rows_are_written_in_place_and_nothing_else_is),
+        *(Call(test_kernels_traffic.test_every_quant_is_loaded_once, case) for case in test_kernels_traffic.RAGGED),
+    ]
+
+
+def work(connection: Connection, cache: str) -> None:
+    """Takes mutants until None, and answers each with what became of it and how."""
+    os.environ["XDG_CACHE_HOME"] = cache
+    worker = Worker()
+    connection.send("ready")
+    while (mutant := connection.recv()) is not None:
+        connection.send(worker.judge(mutant))
+
+
+class Worker:
+    def __init__(self) -> None:
+        import mlx.core as mx
+
+        from kernels import launcher
+        from parity_tests.kernel_cases import verify
+        from parity_tests.msl import KernelError, compiler
+
+        mx.set_default_device(mx.cpu)
+        self.launcher, self.verify, self.KernelError = launcher, verify, KernelError
+        self.texts = Path(tempfile.mkdtemp(dir=os.environ["XDG_CACHE_HOME"]))
+        for file in (*TEXTS.glob("*.metal"), *TEXTS.glob("*.h")):
+            shutil.copy(file, self.texts)
+        launcher.HERE = self.texts
+        for op, shape in SHAPES.items():
+            for name, value in shape.items():
+                assert hasattr(module(op), name), f"kernels/{op}.py has no {name}"
+                setattr(module(op), name, value)
+        self.cases = cases()
+        self.lines = []  # of each case: (file, line) that it has code of
+        for case in self.cases:
+            with mock.patch.object(compiler, "type_check", Spy(compiler.type_check)) as spy:
+                self.run(case)
+            self.lines.append({place for llvm in spy.made for place in places(llvm)})
+        self.kept = set(compiler.cache_folder().iterdir())
+        self.cache = compiler.cache_folder()
+
+    def run(self, case: Any) -> None:
+        self.launcher._text.cache_clear()
+        for op in self.launcher.OPS:
+            for name in ("_launch", "_launches"):
+                if hasattr(module(op), name):
+                    getattr(module(op), name).cache_clear()
+        if isinstance(case, Call):
+            case.test(*case.arguments)
+        else:
+            self.verify(case)
+
+    def judge(self, mutant: Mutant) -> tuple[str, str]:
+        covered = [
+            case for case, lines in zip(self.cases, self.lines, strict=True) if (mutant.file, mutant.line) in lines
+        ]
+        target = self.texts / mutant.file
+        good = target.read_text()
+        target.write_text(mutant.text)
+        try:
+            # A line without code of its own, such as a macro or a declaration: any case that has the file.
+            for case in covered or [
+                case
+                for case, lines in zip(self.cases, self.lines, strict=True)
+                if any(file == mutant.file for file, _ in lines)
+            ]:
+                if outcome := self.fails(case):
+                    return outcome, str(case)
+            return "survived", ""
+        finally:
+            target.write_text(good)
+            for file in set(self.cache.iterdir()) - self.kept:
+                file.unlink(missing_ok=True)
+
+    def fails(self, case: Any) -> str:
+        try:
+            self.run(case)
+        except self.KernelError as error:
+            return "executor" if re.search(r"\(\w+ order\)$|gives other bits", str(error)) else "refused"
+        except AssertionError:
+            return "values"
+        return ""
+
+
+def module(op: str) -> Any:
+    return importlib.import_module(f"kernels.{op}")
+
+
+class Spy:
+    """A function that remembers what it gave."""
+
+    def __init__(self, function: Any) -> None:
+        self.function, self.made = function, []
+
+    def __call__(self, *arguments: Any) -> Any:
+        self.made.append(self.function(*arguments))
+        return self.made[-1]
+
+
+def places(llvm: Path) -> Iterator[tuple[str, int]]:
+    """(file, line) of every instruction that clang made of a kernel's text."""
+    text = llvm.read_text()
+    names = dict(re.findall(r'^!(\d+) = !DIFile\(filename: "([^"]*)"', text, re.M))
+    scopes = dict(re.findall(r"^!(\d+) = (?:distinct )?!DI(?:Subprogram|LexicalBlock\w*)\(.*?file: !(\d+)", text, re.M))
+    shared = (TEXTS / "quants.h.metal").read_text().count("\n")
+    for line, scope in re.findall(r"= (?:distinct )?!DILocation\(line: (\d+),.*?scope: !(\d+)", text):
+        name = names.get(scopes.get(scope, ""), "")
+        op = re.sub(r"_[0-9a-f]{12}\..*", "", name)
+        if name.endswith(".h.metal"):  # the launcher puts the shared text before the op's own
+            own = int(line) > shared
+            yield (f"{op}.h.metal", int(line) - shared) if own else ("quants.h.metal", int(line))
+        elif name.endswith(".metal"):
+            yield f"{op}.metal", int(line)
+
+
+# --- the run
+
+
+class Slot:
+    """A worker process, started anew when it hangs, dies or has lived long enough."""
+
+    def __init__(self, cache: Path) -> None:
+        self.cache = cache
+        cache.mkdir()
+        self.start()
+
+    def start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=work, args=(theirs, str(self.cache)), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.judged = 0
+        if self.answer() != "ready":
+            raise SystemExit("error: without a fault the cases do not pass; run pytest parity_tests/test_kernels_*.py")
+
+    def judge(self, mutant: Mutant) -> tuple[str, str]:
+        if self.judged == LIFE:
+            self.stop()
+            self.start()
+        self.judged += 1
+        self.connection.send(mutant)
+        answer = self.answer()
+        if isinstance(answer, tuple):
+            return answer
+        self.stop()
+        self.start()
+        return "crash", answer
+
+    def answer(self) -> Any:
+        try:
+            return self.connection.recv() if self.connection.poll(PATIENCE) else "hangs"
+        except EOFError:
+            return "dies"
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.join()
+
+
+def judge_all(mutants: Sequence[Mutant], processes: int) -> list[tuple[str, str]]:
+    """What became of each: 'refused', 'executor', 'values', 'crash' or 'survived'; and the case that saw it."""
+    outcomes: list[tuple[str, str]] = [("", "")] * len(mutants)
+    left = iter(range(len(mutants)))
+    lock = threading.Lock()
+    with tempfile.TemporaryDirectory() as folder, Progress() as progress:
+        task = progress.add_task("mutants", total=len(mutants))
+
+        def serve(number: int) -> None:
+            slot = Slot(Path(folder) / str(number))
+            try:
+                while True:
+                    with lock:
+                        at = next(left, None)
+                    if at is None:
+                        return
+                    outcomes[at] = slot.judge(mutants[at])
+                    progress.advance(task)
+            finally:
+                slot.stop()
+
+        with ThreadPoolExecutor(processes) as pool:
+            for done in [pool.submit(serve, n) for n in range(processes)]:
+                done.result()
+    return outcomes
+
+
+def reason(mutant: Mutant) -> str:
+    change = f"{mutant.before} -> {mutant.after}"
+    return next((why for file, pattern, why in REASONS if file == mutant.file and re.search(pattern, change)), "")
+
+
+def report(mutants: Sequence[Mutant], outcomes: Sequence[tuple[str, str]], seconds: float, processes: int) -> str:
+    columns = ("refused", "executor", "values", "crash", "survived")
+    rows = {}
+    for file in sorted({m.file for m in mutants}):
+        counts = Counter(o for m, (o, _) in zip(mutants, outcomes, strict=True) if m.file == file)
+        rows[file] = [counts[c] for c in columns]
+    rows["all"] = [sum(row[i] for row in rows.values()) for i in range(len(columns))]
+    digest = hashlib.sha256(b"".join(f.read_bytes() for f in sorted(TEXTS.glob("*.metal")))).hexdigest()[:12]
+    lines = [
+        "# Faults planted in the kernels' texts",
+        "",
+        f"`python -m parity_tests.mutate`, {processes} processes, {seconds / 60:.0f} minutes, MLX {version('mlx')}; "
+        f"texts `{digest}`.",
+        "",
+        "| text | one-token mutants | refused by clang or lint | stopped by the executor | wrong values "
+        "| crash or hang | survived | caught of those that compile |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for file, row in rows.items():
+        numbers = " | ".join(str(n) for n in row)
+        lines.append(f"| {file} | {sum(row)} | {numbers} | {caught(row):.1%} |")
+    lines += ["", "## What survived", ""]
+    for m, (outcome, _) in zip(mutants, outcomes, strict=True):
+        if outcome == "survived":
+            lines += [f"- {m.file}:{m.line} `{m.before}` -> `{m.after}`: {reason(m) or 'NOT EXPLAINED'}"]
+    return "\n".join(lines) + "\n"
+
+
+def caught(row: Sequence[int]) -> float:
+    _, *seen, survived = row
+    return sum(seen) / max(1, sum(seen) + survived)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m parity_tests.mutate", description=__doc__.splitlines()[0])
+    parser.add_argument("--processes", type=int, default=2, metavar="N")
+    parser.add_argument("--only", metavar="FILE", help="mutants of this text alone; the result is printed, not written")
+    args = parser.parse_args()
+    files = [file for file in sorted(TEXTS.glob("*.metal")) if args.only in (None, file.name)]
+    if not files or args.processes < 1:
+        parser.error(f"--only {args.only} is no text of kernels/" if not files else "--processes must be 1 or more")
+    mutants = [mutant for file in files for mutant in mutants_of(file.name, file.read_text())]
+    start = time.monotonic()
+    outcomes = judge_all(mutants, args.processes)
+    text = report(mutants, outcomes, time.monotonic() - start, args.processes)
+    if args.only:
+        print(text)
+    else:
+        RESULT.write_text(text)
+        print(f"wrote {RESULT.relative_to(HERE.parent)}")
+    survivors = [m for m, (outcome, _) in zip(mutants, outcomes, strict=True) if outcome == "survived"]
+    compiled = sum(outcome != "refused" for outcome, _ in outcomes)
+    unexplained = sum(not reason(m) for m in survivors)
+    print(f"{1 - len(survivors) / compiled:.2%} of {compiled} caught; {unexplained} survivors without a reason")
+    return int(unexplained > 0 or len(survivors) > (1 - LEAST) * compiled)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)
