@@ -42,34 +42,52 @@ def test_agrees_with_float64_at_real_shapes(case: Mla) -> None:
     verify(case, "fast")
 
 
-@pytest.mark.parametrize("at", [0, 40, 98])
-def test_one_row_that_wins_is_the_result(at: int) -> None:
-    """Scores far above and below all others: nothing overflows, wherever the winner is."""
-    case = Mla(5, 100)
-    q_latent, q, kv_a, norm, wavelengths, _, position = case.inputs
-    rows = np.random.default_rng(0).standard_normal((1, 100, 80)).astype(np.float32)
+FAR = [(100, 0), (100, 40), (100, 98), (2100, 2000)]  # context, a row of it
+
+
+def attend(q_latent: np.ndarray, rows: np.ndarray, new: np.ndarray | None = None) -> np.ndarray:
+    """(5, 64): one query of each of five heads, without RoPE, over rows of 80 of which the last is the query's own."""
+    case = Mla(5, rows.shape[1])
+    _, q, kv_a, norm, wavelengths, _, position = case.inputs
+    own = kv_a if new is None else mx.array(new)
+    others = (own, norm, wavelengths, mx.array(rows), position)
+    (out,) = run(lambda: [mla_decode(mx.array(q_latent), 0 * mx.nan_to_num(q), *others, 1.0)[0]], launches=2)
+    return np.array(out)[0, :, 0]
+
+
+@pytest.mark.parametrize(("context", "at"), FAR)
+def test_one_row_that_wins_is_the_result(context: int, at: int) -> None:
+    """Scores far above all others: nothing overflows, wherever the winner is."""
+    rows = np.random.default_rng(0).standard_normal((1, context, 80)).astype(np.float32)
     rows[0, at, 0] = 1e4
     q_latent = np.zeros((1, 5, 1, 64), np.float32)
     q_latent[..., 0] = 1.0
-    inputs = (mx.array(q_latent), 0 * mx.nan_to_num(q), kv_a, norm, wavelengths, mx.array(rows), position)
-    (out,) = run(lambda: [mla_decode(*inputs, 1.0)[0]], launches=2)
-    np.testing.assert_array_equal(np.array(out), np.broadcast_to(rows[0, at, :64], (1, 5, 1, 64)))
+    np.testing.assert_array_equal(attend(q_latent, rows), np.tile(rows[0, at, :64], (5, 1)))
 
 
-@pytest.mark.parametrize("at", [0, 40, 98])
-def test_the_best_of_scores_far_below_zero_is_the_result(at: int) -> None:
-    case = Mla(5, 100)
-    _, q, kv_a, norm, wavelengths, _, position = case.inputs
-    rows = np.random.default_rng(0).standard_normal((1, 100, 80)).astype(np.float32)
+@pytest.mark.parametrize(("context", "at"), FAR)
+def test_the_best_of_scores_far_below_zero_is_the_result(context: int, at: int) -> None:
+    rows = np.random.default_rng(0).standard_normal((1, context, 80)).astype(np.float32)
     rows[0, :, 0] = -1
     rows[0, at, 0] = -0.5
-    new = np.zeros(kv_a.shape, np.float32)
+    new = np.zeros((1, 1, 80), np.float32)
     new[..., 0] = -1  # normed, -8
     q_latent = np.zeros((1, 5, 1, 64), np.float32)
     q_latent[..., 0] = 1e4
-    inputs = (mx.array(q_latent), 0 * mx.nan_to_num(q), mx.array(new), norm, wavelengths, mx.array(rows), position)
-    (out,) = run(lambda: [mla_decode(*inputs, 1.0)[0]], launches=2)
-    np.testing.assert_array_equal(np.array(out), np.broadcast_to(rows[0, at, :64], (1, 5, 1, 64)))
+    np.testing.assert_array_equal(attend(q_latent, rows, new), np.tile(rows[0, at, :64], (5, 1)))
+
+
+def test_heads_do_not_share_a_largest_score() -> None:
+    """Every second head sees scores of 0 beside a neighbour's of 10,000: it gives the mean of the rows."""
+    rows = np.random.default_rng(0).standard_normal((1, 100, 80)).astype(np.float32)
+    rows[0, 40, 0] = 1e4
+    q_latent = np.zeros((1, 5, 1, 64), np.float32)
+    q_latent[0, ::2, 0, 0] = 1.0
+    own = np.zeros((1, 1, 80), np.float32)
+    rows[0, 99] = 0
+    out = attend(q_latent, rows, own)
+    np.testing.assert_array_equal(out[::2], np.tile(rows[0, 40, :64], (3, 1)))
+    np.testing.assert_allclose(out[1::2], np.tile(rows[0, :, :64].mean(axis=0), (2, 1)), rtol=1e-5, atol=1e-6)
 
 
 def test_what_is_not_finite_stays_with_the_queries_that_see_it() -> None:
