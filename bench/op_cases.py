@@ -19,7 +19,7 @@ from kernels.experts_gate_up import experts_gate_up, swiglu_ops
 from kernels.mla_decode import latent_rows_ops, mla_decode, rope_ops
 from kernels.planes import GROUP, QUANT_TYPES, SUPER, QuantizedTensor, Weight, group_scales
 from kernels.qmv import Norm, absorb, merge_heads, qmv, qmv_all
-from kernels.route import route
+from kernels.route import Router
 
 CFG = config()
 TOP_K, SHARED = CFG.num_experts_per_tok, CFG.num_shared_experts
@@ -286,6 +286,7 @@ class Experts(Generic[W]):
     routed: list[list[W]]  # by layer: banks (E, rows, cols)
     shared: list[list[W]]  # by layer: (rows, cols)
     chosen: list[mx.array]  # by set: (1, K) uint32
+    logits: list[mx.array]  # by set: (1, E), of which the chosen ones are the largest
 
     def of(self, i: int) -> tuple[list[W], list[W], mx.array]:
         layer = i % len(self.routed)
@@ -306,12 +307,15 @@ def _experts(quant: str, banks: int, shape: tuple[int, int], shared: tuple[int, 
     chosen = [
         mx.array(rng.choice(sizes.num_experts, (1, TOP_K), replace=False).astype(np.uint32)) for _ in range(CHOICES)
     ]
-    mx.eval(chosen)
+    none, best_first = mx.full((1, sizes.num_experts), -9.0), -1.0 * mx.arange(TOP_K)[None]
+    logits = [mx.put_along_axis(none, ids, best_first, axis=1) for ids in chosen]
+    mx.eval(chosen, logits)
     of_all = (sizes.num_experts, *shape)
     return Experts(
         [[_weight(quant, of_all, layer * banks + i) for i in range(banks)] for layer in range(sizes.layers)],
         [[_weight(quant, shared, 100 + layer * banks + i) for i in range(banks)] for layer in range(sizes.layers)],
         chosen,
+        logits,
     )
 
 
@@ -321,7 +325,7 @@ def _affine_experts(experts: Experts[Weight], dtype: mx.Dtype) -> Experts[Affine
         [[a for w in weights if (a := affine(w, dtype))] for weights in layers]
         for layers in (experts.routed, experts.shared)
     ]
-    return Experts(made[0], made[1], experts.chosen) if made[0][0] else None
+    return Experts(made[0], made[1], experts.chosen, experts.logits) if made[0][0] else None
 
 
 def gate_up_cases(quant: str, dtype: mx.Dtype, sizes: Sizes) -> Iterator[Case]:
@@ -331,9 +335,14 @@ def gate_up_cases(quant: str, dtype: mx.Dtype, sizes: Sizes) -> Iterator[Case]:
     experts = _experts(quant, 2, (width, hidden), (SHARED * width, hidden), sizes)
     own = _affine_experts(experts, dtype)
 
+    bias = mx.zeros((sizes.num_experts,))
+    mx.eval(bias)
+    router = Router(bias, TOP_K, CFG.gating, CFG.norm_topk_prob, CFG.routed_scaling_factor)
+
     def call(x: mx.array, i: int) -> list[mx.array]:
-        (gate, up), (shared_gate, shared_up), chosen = experts.of(i)
-        return [y for y in experts_gate_up(x, gate, up, chosen, shared_gate, shared_up) if y is not None]
+        (gate, up), shared, _ = experts.of(i)
+        hidden, shared_hidden, *_ = experts_gate_up(x, experts.logits[i], router, gate, up, *shared)
+        return [y for y in (hidden, shared_hidden) if y is not None]
 
     def by_mlx(x: mx.array, i: int) -> list[mx.array]:
         assert own is not None
@@ -349,7 +358,7 @@ def gate_up_cases(quant: str, dtype: mx.Dtype, sizes: Sizes) -> Iterator[Case]:
         CHOICES,
         2.0 * (TOP_K + SHARED) * 2 * width * hidden,
         _contestants("experts_gate_up", call, experts.nbytes, Contestant(by_mlx, own.nbytes) if own else None),
-        experts.chosen[0].nbytes,
+        experts.logits[0].nbytes + bias.nbytes,
     )
 
 
@@ -389,26 +398,6 @@ def down_cases(quant: str, dtype: mx.Dtype, sizes: Sizes) -> Iterator[Case]:
 # --- without weights
 
 
-def route_cases(quant: str, dtype: mx.Dtype, sizes: Sizes) -> Iterator[Case]:
-    bias = 9.03 + 0.02 * _normal((CFG.num_experts,), mx.float32, 1)
-    mx.eval(bias)
-
-    def call(x: mx.array, i: int) -> list[mx.array]:
-        experts, weights = route(x, bias, TOP_K, CFG.gating, CFG.norm_topk_prob, CFG.routed_scaling_factor)
-        return [weights, experts]
-
-    yield Case(
-        "route",
-        f"{TOP_K} of {CFG.num_experts}",
-        "-",
-        _normal((1, CFG.num_experts), mx.float32),
-        1,
-        0.0,
-        _contestants("route", call, 0, None),
-        bias.nbytes,
-    )
-
-
 def mla_decode_cases(quant: str, dtype: mx.Dtype, sizes: Sizes) -> Iterator[Case]:
     for context in sizes.contexts:
         yield _mla_decode_case(context, dtype, sizes)
@@ -423,10 +412,15 @@ def _mla_decode_case(context: int, dtype: mx.Dtype, sizes: Sizes) -> Case:
     norm = Norm(mx.ones((latent,)), CFG.rms_norm_eps)
     wavelengths = rope_wavelengths(CFG)
     position = mx.array([context - 1], mx.int32)
+    # Q8_0 in every published file.
+    shape = heads, CFG.v_head_dim, latent
+    v_b = [_weight("Q8_0", shape, seed) for seed in range(_sets(_weight("Q8_0", shape, 0).nbytes, sizes))]
+    merges = [affine(w, dtype) for w in v_b]
+    assert merges[0] is not None
 
     def call(x: mx.array, i: int) -> list[mx.array]:
         new = (q.astype(x.dtype), kv_a.astype(x.dtype), norm, wavelengths)
-        return [mla_decode(x, *new, caches[i], position, scale)[0]]
+        return [mla_decode(x, *new, caches[i], position, scale, v_b[i % len(v_b)])[0]]
 
     def by_mlx(x: mx.array, i: int) -> list[mx.array]:
         own = mx.unflatten(q, -1, (heads, -1))[..., -CFG.qk_rope_head_dim :].swapaxes(1, 2)
@@ -434,16 +428,20 @@ def _mla_decode_case(context: int, dtype: mx.Dtype, sizes: Sizes) -> Case:
         new = mx.concatenate([*latent_rows_ops(kv_a, norm, wavelengths, position)], axis=-1)
         key = mx.concatenate([caches[i][:, :-1], new], axis=1)[:, None]
         queries = mx.concatenate([x, q_pe], axis=-1)
-        return [mx.fast.scaled_dot_product_attention(queries, key, key[..., :latent], scale=scale)]
+        out = mx.fast.scaled_dot_product_attention(queries, key, key[..., :latent], scale=scale)
+        merge = merges[i % len(v_b)]
+        assert merge is not None
+        return [merge.matmul(out.reshape(heads, 1, latent)).reshape(1, 1, -1)]
 
+    read = caches[0].nbytes + v_b[0].nbytes
     return Case(
         "mla_decode",
         f"{context} rows of {CFG.cache_dim}, {heads} heads",
         "-",
         _normal((1, heads, 1, latent), dtype),
         count,
-        2.0 * heads * context * (CFG.cache_dim + latent),
-        _contestants("mla_decode", call, caches[0].nbytes, Contestant(by_mlx, caches[0].nbytes)),
+        2.0 * heads * (context * (CFG.cache_dim + latent) + CFG.v_head_dim * latent),
+        _contestants("mla_decode", call, read, Contestant(by_mlx, caches[0].nbytes + merges[0].nbytes)),
         q.nbytes + kv_a.nbytes + norm.weight.nbytes + wavelengths.nbytes,
     )
 
@@ -454,7 +452,6 @@ OPS: dict[str, Callable[[str, mx.Dtype, Sizes], Iterator[Case]]] = {
     "heads": heads_cases,
     "experts_gate_up": gate_up_cases,
     "experts_down": down_cases,
-    "route": route_cases,
     "mla_decode": mla_decode_cases,
 }
-WITHOUT_QUANT = ("router", "route", "mla_decode")  # the same whatever the type of the weights
+WITHOUT_QUANT = ("router", "mla_decode")  # the same whatever the type of the weights

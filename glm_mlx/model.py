@@ -19,12 +19,13 @@ import mlx.core as mx
 
 from glm_mlx.cache import LatentCache, TracedCache
 from glm_mlx.config import Config
+from kernels.embed import embed
 from kernels.experts_down import experts_down
 from kernels.experts_gate_up import experts_gate_up, swiglu_ops
 from kernels.mla_decode import attend_ops, latent_rows_ops, mla_decode, rope_ops
 from kernels.planes import Weight
-from kernels.qmv import Norm, absorb, embed_ops, merge_heads, norm_qmv, qmv, qmv_all
-from kernels.route import route
+from kernels.qmv import Norm, absorb, merge_heads, norm_qmv, qmv, qmv_all
+from kernels.route import Router
 
 Cache: TypeAlias = LatentCache | TracedCache
 Tap = Callable[[str, mx.array], None]  # sees named intermediate values; the parity tests' way in
@@ -105,11 +106,11 @@ class Attention:
             q_latent = absorb(q, self.k_b)  # (B, H, L, R)
             rows, wavelengths = cache.rows[self.layer], self.wavelengths
             out, cache.rows[self.layer] = mla_decode(
-                q_latent, q, kv_a, self.kv_a_layernorm, wavelengths, rows, cache.position, cfg.softmax_scale
+                q_latent, q, kv_a, self.kv_a_layernorm, wavelengths, rows, cache.position, cfg.softmax_scale, self.v_b
             )
         else:
-            out = self._attend(q, kv_a, cache, tap)  # (B, H, L, R)
-        out = qmv(merge_heads(out, self.v_b), self.o_proj, residual=x)
+            out = merge_heads(self._attend(q, kv_a, cache, tap), self.v_b)
+        out = qmv(out, self.o_proj, residual=x)  # out (B, L, H * V)
         tap("attn_out", out - x)
         return out
 
@@ -147,36 +148,27 @@ class MoE:
     """x + experts(norm(x))"""
 
     def __init__(self, cfg: Config, weights: Weights, norm: Norm):
-        self.cfg, self.norm = cfg, norm
+        self.norm = norm
         self.gate = weights["gate"]
-        self.e_score_correction_bias = (
-            weights.vector("e_score_correction_bias") if ("e_score_correction_bias" in weights) else None
-        )
+        bias = weights.vector("e_score_correction_bias") if "e_score_correction_bias" in weights else None
+        scale = cfg.routed_scaling_factor
+        self.router = Router(bias, cfg.num_experts_per_tok, cfg.gating, cfg.norm_topk_prob, scale)
         self.gate_proj, self.up_proj, self.down_proj = (weights[f"experts.{n}_proj"] for n in ("gate", "up", "down"))
         self.shared_gate, self.shared_up, self.shared_down = (
             weights.get(f"shared_experts.{n}_proj") for n in ("gate", "up", "down")
         )
 
     def __call__(self, x: mx.array, tap: Tap = no_tap) -> mx.array:
-        cfg = self.cfg
         rows = x.reshape(-1, x.shape[-1])  # (T, D)
         # float32: the biases of e_score_correction_bias differ by less than half precision resolves.
         normed, router_logits = norm_qmv(rows, self.gate, self.norm, mx.float32)  # (T, D), (T, E)
-        experts, weights = route(
-            router_logits,
-            self.e_score_correction_bias,
-            cfg.num_experts_per_tok,
-            cfg.gating,
-            cfg.norm_topk_prob,
-            cfg.routed_scaling_factor,
+        hidden, shared_hidden, experts, weights = experts_gate_up(
+            normed, router_logits, self.router, self.gate_proj, self.up_proj, self.shared_gate, self.shared_up
         )
         tap("ffn_norm", normed.reshape(x.shape))
         tap("router_logits", router_logits)
         tap("experts", experts)
         tap("expert_weights", weights)
-        hidden, shared_hidden = experts_gate_up(
-            normed, self.gate_proj, self.up_proj, experts, self.shared_gate, self.shared_up
-        )
         y = experts_down(hidden, shared_hidden, self.down_proj, self.shared_down, experts, weights, rows)
         return y.reshape(x.shape)
 
@@ -212,7 +204,7 @@ class Model:
 
     def embed(self, tokens: mx.array) -> mx.array:
         """(B, L) -> (B, L, D)"""
-        return embed_ops(self.embed_tokens, tokens).astype(self.dtype)
+        return embed(self.embed_tokens, tokens, self.dtype)
 
     def hidden_states(self, tokens: mx.array, cache: Cache) -> mx.array:
         """(B, L) -> (B, L, D) after the last layer; the cache then holds the tokens' rows."""

@@ -83,18 +83,20 @@ class Case:
 
     @property
     def dtype(self) -> str:
-        """Of the activations, or of whatever array comes first."""
-        names = self.activations or [name for name, value in self.arguments.items() if isinstance(value, mx.array)]
-        return str(self.arguments[names[0]].dtype).removeprefix("mlx.core.")
+        """Of the activations; of the result where there are none."""
+        found = [self.arguments[name].dtype for name in self.activations]
+        found += [value for value in self.arguments.values() if isinstance(value, mx.Dtype)]
+        return str(found[0]).removeprefix("mlx.core.")
 
     @property
     def nbytes(self) -> int:
         """What the kernel must read and write: of a bank of experts those that are chosen."""
         arrays = [value for value in self.arguments.values() if isinstance(value, mx.array)]
-        chosen = next((a.size for a in arrays if mx.issubdtype(a.dtype, mx.integer) and a.ndim == 2), None)
         weights = self._weights()
         with launcher.avoiding():
             written = self.run()
+        ids = [a for a in (*arrays, *written) if mx.issubdtype(a.dtype, mx.integer) and a.ndim == 2]
+        chosen = ids[0].size if ids else None
         total = sum(a.nbytes for a in (*arrays, *written) if all(a is not w for w in weights))
         for w in weights:
             total += w.nbytes if chosen is None or len(w.shape) < 3 else w.nbytes // w.shape[0] * chosen

@@ -244,6 +244,10 @@ MSL_SHUFFLE(simd_shuffle_up, __shfl_up_sync)
 MSL_REDUCE(simd_sum, T(a + b))
 MSL_REDUCE(simd_max, max(a, b))
 MSL_REDUCE(simd_min, min(a, b))
+#if __CUDA_ARCH__ >= 800  // one instruction
+MSL_FN uint simd_max(uint a) { return __reduce_max_sync(0xffffffffu, a); }
+MSL_FN uint simd_min(uint a) { return __reduce_min_sync(0xffffffffu, a); }
+#endif
 MSL_FN bool simd_any(bool a) { return __any_sync(0xffffffffu, a); }
 MSL_FN bool simd_all(bool a) { return __all_sync(0xffffffffu, a); }
 

@@ -1,3 +1,88 @@
+// ---- which expert --------------------------------------------------------------------------------------------------
+// A choice is compared as a whole number, of which the order is that of the floats: the maximum of a simdgroup is then
+// one instruction. 0 is less than any.
+inline uint in_order(float choice) {
+  const uint word = as_type<uint>(choice + 0.0f);  // -0 equals 0
+  return (word & 0x80000000u) != 0 ? ~word : word | 0x80000000u;
+}
+
+// What a lane knows of a token's experts: of lane, lane + 32, ... their scores, and their choices in order.
+template <int EXPERTS>
+struct Experts {
+  float scores[(EXPERTS + 31) / 32];
+  uint choices[(EXPERTS + 31) / 32];
+};
+
+template <int EXPERTS, bool SOFTMAX, bool HAS_BIAS>
+inline Experts<EXPERTS> load_experts(const device float* router_logits, const device float* bias, uint lane) {
+  constexpr int PER_LANE = (EXPERTS + 31) / 32;
+  Experts<EXPERTS> out;
+#pragma unroll
+  for (int i = 0; i < PER_LANE; ++i) {
+    const uint expert = uint(i) * 32 + lane;
+    out.scores[i] = expert < uint(EXPERTS) ? router_logits[expert] : -INFINITY;
+  }
+  if (SOFTMAX) {
+    float largest = out.scores[0];
+#pragma unroll
+    for (int i = 1; i < PER_LANE; ++i) {
+      largest = max(largest, out.scores[i]);
+    }
+    largest = simd_max(largest);
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < PER_LANE; ++i) {
+      out.scores[i] = exp(out.scores[i] - largest);
+      sum += out.scores[i];
+    }
+    sum = simd_sum(sum);
+#pragma unroll
+    for (int i = 0; i < PER_LANE; ++i) {
+      out.scores[i] = out.scores[i] / sum;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < PER_LANE; ++i) {
+      out.scores[i] = 1.0f / (1.0f + exp(-out.scores[i]));
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < PER_LANE; ++i) {
+    const uint expert = uint(i) * 32 + lane;
+    float choice = out.scores[i];
+    if (HAS_BIAS && expert < uint(EXPERTS)) {
+      choice += bias[expert];
+    }
+    // NaN compares with nothing: it is chosen last, and its weight is NaN.
+    out.choices[i] = expert < uint(EXPERTS) ? in_order(isnan(choice) ? -INFINITY : choice) : 0u;
+  }
+  return out;
+}
+
+// The best expert that is left, by all lanes together: the largest choice, and of equals the lowest index. `score` is
+// its score; from now on it is not left.
+template <int EXPERTS>
+inline uint take_best(thread Experts<EXPERTS>& left, uint lane, thread float& score) {
+  uint best = left.choices[0];
+  uint expert = lane;
+  float own = left.scores[0];
+#pragma unroll
+  for (int i = 1; i < (EXPERTS + 31) / 32; ++i) {
+    const bool better = left.choices[i] > best;
+    best = better ? left.choices[i] : best;
+    expert = better ? uint(i) * 32 + lane : expert;
+    own = better ? left.scores[i] : own;
+  }
+  const uint winner = simd_min(best == simd_max(best) ? expert : 0xFFFFFFFFu);
+#pragma unroll
+  for (int i = 0; i < (EXPERTS + 31) / 32; ++i) {
+    left.choices[i] = winner == uint(i) * 32 + lane ? 0u : left.choices[i];
+  }
+  score = simd_shuffle(own, ushort(winner & 31u));
+  return winner;
+}
+
+// ---- gate and up ---------------------------------------------------------------------------------------------------
 // silu(gate x) * (up x) for rows first .. first + ROWS - 1, by one simdgroup; rows past `last` repeat it.
 template <int ROWS, int DEPTH, int COLS, class G, class U, class T>
 inline void swiglu_rows(G gate, U up, const device T* x, uint first, uint last, uint lane, thread float* hidden) {

@@ -1,20 +1,44 @@
 // Grid: blocks of rows, slots, tokens. A slot is a chosen expert, or after those WIDTH rows of the shared experts. A
-// simdgroup takes ROWS rows of both matrices of one slot for one token.
+// simdgroup takes ROWS rows of both matrices of one slot for one token. Which expert a slot has, every simdgroup finds
+// out for itself: that is less work than a launch; one of each token writes it down, with the weights.
 const uint lane = thread_index_in_simdgroup;
 const uint slot = threadgroup_position_in_grid.y;
 const uint token = threadgroup_position_in_grid.z;
 const uint first = (threadgroup_position_in_grid.x * uint(SIMDGROUPS) + simdgroup_index_in_threadgroup) * uint(ROWS);
 const auto xt = x + token * uint(COLS);
+#ifndef BIAS
+const device float* bias = 0;
+#endif
 float values[ROWS];
-if (slot < uint(TOP_K)) {
-  if (first < uint(WIDTH)) {
-    const uint expert = min(uint(experts[token * uint(TOP_K) + slot]), uint(EXPERTS - 1));
-    const uint base = expert * uint(WIDTH);
-    swiglu_rows<ROWS, DEPTH, COLS>(GATE, UP, xt, base + first, base + uint(WIDTH - 1), lane, values);
-    for (int r = 0; r < ROWS; ++r) {
-      if (lane == 0 && first + uint(r) < uint(WIDTH)) {
-        hidden[(token * uint(TOP_K) + slot) * uint(WIDTH) + first + uint(r)] = T(values[r]);
+if (slot < uint(TOP_K) && first < uint(WIDTH)) {
+  const bool writes = slot == 0 && first == 0;
+  auto left = load_experts<EXPERTS, SOFTMAX, HAS_BIAS>(router_logits + token * uint(EXPERTS), bias, lane);
+  uint expert = 0;
+  float scores[TOP_K];
+  float total = 0.0f;
+#pragma unroll
+  for (int k = 0; k < TOP_K; ++k) {
+    if (writes || uint(k) <= slot) {
+      const uint best = take_best<EXPERTS>(left, lane, scores[k]);
+      total += scores[k];
+      expert = uint(k) <= slot ? best : expert;
+      if (writes && lane == 0) {
+        experts[token * uint(TOP_K) + uint(k)] = best;
       }
+    }
+  }
+  if (writes && lane == 0) {
+#pragma unroll
+    for (int k = 0; k < TOP_K; ++k) {
+      const float share = NORMALIZE ? scores[k] / (total + 1e-20f) : scores[k];
+      weights[token * uint(TOP_K) + uint(k)] = share * SCALE;
+    }
+  }
+  const uint base = expert * uint(WIDTH);
+  swiglu_rows<ROWS, DEPTH, COLS>(GATE, UP, xt, base + first, base + uint(WIDTH - 1), lane, values);
+  for (int r = 0; r < ROWS; ++r) {
+    if (lane == 0 && first + uint(r) < uint(WIDTH)) {
+      hidden[(token * uint(TOP_K) + slot) * uint(WIDTH) + first + uint(r)] = T(values[r]);
     }
   }
 }

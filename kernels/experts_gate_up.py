@@ -1,16 +1,21 @@
-"""The first half of a MoE feed-forward: silu(gate x) * (up x), for the chosen experts and the shared one.
+"""The first half of a MoE feed-forward: choose the experts, then silu(gate x) * (up x) for them and the shared one.
 
-experts_gate_up(x, gate, up, experts, shared_gate, shared_up) -> (hidden, shared_hidden), and the same with `_ops`
+experts_gate_up(x, router_logits, router, gate, up, shared_gate, shared_up)
+    -> (hidden, shared_hidden, experts, weights), and the same with `_ops`
     x              (T, D)      float32, bfloat16 or float16
+    router_logits  (T, E)      float32
+    router         `Router`    kernels/route.py: what is chosen, and what the weights are
     gate, up       (E, F, D)   `Weight`s of one type each
-    experts        (T, K)      integers in [0, E); the kernel clamps others
     shared_*       (S, D)      the shared experts side by side, or None
     hidden         (T, K, F)   dtype of x; summed in float32
     shared_hidden  (T, S)      dtype of x, or None
+    experts        (T, K)      uint32
+    weights        (T, K)      float32
 
-The kernel takes up to 8 tokens. It reads the rows of the chosen experts and of the shared ones once for each token, at
-the file's own bits: for GLM-4.7-Flash in Q4_0, 5 * 2 * 1536 * 2048 * 4.5 / 8 = 17.7 MB a token. A simdgroup computes a
-row of gate and the same row of up, so that x is read once for both. NaN or infinity in x comes out as NaN.
+The kernel takes up to 8 tokens, and 8 to 256 experts. It reads the rows of the chosen experts and of the shared ones
+once for each token, at the file's own bits: for GLM-4.7-Flash in Q4_0, 5 * 2 * 1536 * 2048 * 4.5 / 8 = 17.7 MB a token.
+A simdgroup chooses as far as it must know, then computes a row of gate and the same row of up, so that x is read once
+for both. NaN or infinity in x comes out as NaN. A NaN among the logits is chosen last, and its weight is NaN.
 """
 
 from functools import cache
@@ -20,9 +25,11 @@ import mlx.core as mx
 from kernels import launcher
 from kernels.planes import Weight
 from kernels.qmv import gather_qmv_ops, qmv_ops
+from kernels.route import Gating, Router
 
 DEPTH = 4  # chunks that a lane loads in one go, at most
 ROWS, SIMDGROUPS = 1, 4  # rows of a simdgroup, simdgroups of a threadgroup
+MAX_EXPERTS = 256  # eight for each lane
 
 
 def swiglu_ops(gate: mx.array, up: mx.array) -> mx.array:
@@ -30,49 +37,89 @@ def swiglu_ops(gate: mx.array, up: mx.array) -> mx.array:
 
 
 def experts_gate_up_ops(
-    x: mx.array, gate: Weight, up: Weight, experts: mx.array, shared_gate: Weight | None, shared_up: Weight | None
-) -> tuple[mx.array, mx.array | None]:
+    x: mx.array,
+    router_logits: mx.array,
+    router: Router,
+    gate: Weight,
+    up: Weight,
+    shared_gate: Weight | None,
+    shared_up: Weight | None,
+) -> tuple[mx.array, mx.array | None, mx.array, mx.array]:
+    experts, weights = router(router_logits)
     rows = x[:, None, :]
     hidden = swiglu_ops(gather_qmv_ops(rows, gate, experts), gather_qmv_ops(rows, up, experts))
     if shared_gate is None or shared_up is None:
-        return hidden, None
-    return hidden, swiglu_ops(qmv_ops(x, shared_gate), qmv_ops(x, shared_up))
+        return hidden, None, experts, weights
+    return hidden, swiglu_ops(qmv_ops(x, shared_gate), qmv_ops(x, shared_up)), experts, weights
 
 
 def experts_gate_up(
-    x: mx.array, gate: Weight, up: Weight, experts: mx.array, shared_gate: Weight | None, shared_up: Weight | None
-) -> tuple[mx.array, mx.array | None]:
-    tokens, top_k = experts.shape
+    x: mx.array,
+    router_logits: mx.array,
+    router: Router,
+    gate: Weight,
+    up: Weight,
+    shared_gate: Weight | None,
+    shared_up: Weight | None,
+) -> tuple[mx.array, mx.array | None, mx.array, mx.array]:
+    tokens = x.shape[0]
     back_end = launcher.back_end("experts_gate_up") if tokens <= launcher.MAX_TOKENS else None
-    if back_end is None or not launcher.fits(gate, up, shared_gate, shared_up):
-        return experts_gate_up_ops(x, gate, up, experts, shared_gate, shared_up)
-    weights = [gate, up]
+    possible = 8 <= gate.shape[0] <= MAX_EXPERTS and launcher.fits(gate, up, shared_gate, shared_up)
+    if back_end is None or not possible:
+        return experts_gate_up_ops(x, router_logits, router, gate, up, shared_gate, shared_up)
+    matrices = [gate, up]
     if shared_gate is not None and shared_up is not None:
-        weights += [shared_gate, shared_up]
-    launch = _launch(back_end, tuple(x.shape), tokens, top_k, x.dtype, tuple(launcher.kind(w) for w in weights))
-    hidden, *shared = launch(x, experts, *(plane for w in weights for plane in launcher.planes(w)))
-    return hidden, shared[0] if shared else None
+        matrices += [shared_gate, shared_up]
+    bias = [] if router.bias is None else [router.bias]
+    launch = _launch(
+        back_end,
+        tuple(x.shape),
+        tuple(router_logits.shape),
+        None if router.bias is None else router.bias.size,
+        router.top_k,
+        router.gating,
+        router.normalize,
+        router.scale,
+        x.dtype,
+        tuple(launcher.kind(w) for w in matrices),
+    )
+    planes = (plane for w in matrices for plane in launcher.planes(w))
+    hidden, experts, weights, *shared = launch(x, router_logits, *bias, *planes)
+    return hidden, shared[0] if shared else None, experts, weights
 
 
 @cache
 def _launch(
     back_end: launcher.BackEnd,
     x_shape: tuple[int, ...],
-    tokens: int,
+    logits_shape: tuple[int, ...],
+    bias_size: int | None,
     top_k: int,
+    gating: Gating,
+    normalize: bool,
+    scale: float,
     dtype: mx.Dtype,
     kinds: tuple[launcher.Kind, ...],
 ) -> launcher.Launch:
     num_experts, width, cols = kinds[0][1]
+    tokens = logits_shape[0]
+    with_bias = bias_size is not None
     launcher.require(
         "experts_gate_up",
         launcher.floats(dtype, "x"),
         (x_shape == (tokens, cols), f"x of shape {x_shape} for {tokens} tokens and matrices of {cols} columns"),
+        (logits_shape == (tokens, num_experts), f"router_logits of shape {logits_shape} for {num_experts} experts"),
+        (bias_size in (None, num_experts), f"a bias of {bias_size} values for {num_experts} experts"),
+        (0 < top_k <= num_experts, f"{top_k} of {num_experts} experts"),
         (kinds[1][1] == kinds[0][1], f"gate of shape {kinds[0][1]} and up of {kinds[1][1]}"),
         *((shape[-1] == cols, f"shared experts of shape {shape}, others of {cols} columns") for _, shape in kinds[2:]),
         (len({shape for _, shape in kinds[2:]}) < 2, "shared gate and up of two shapes"),
     )
-    outputs: dict[str, tuple[tuple[int, ...], mx.Dtype]] = {"hidden": ((tokens, top_k, width), dtype)}
+    outputs: dict[str, tuple[tuple[int, ...], mx.Dtype]] = {
+        "hidden": ((tokens, top_k, width), dtype),
+        "experts": ((tokens, top_k), mx.uint32),
+        "weights": ((tokens, top_k), mx.float32),
+    }
     template: dict[str, int | bool | mx.Dtype] = {
         "T": dtype,
         "COLS": cols,
@@ -80,6 +127,9 @@ def _launch(
         "WIDTH": width,
         "EXPERTS": num_experts,
         "TOP_K": top_k,
+        "SOFTMAX": gating == "softmax",
+        "HAS_BIAS": with_bias,
+        "NORMALIZE": normalize,
         "ROWS": ROWS,
         "SIMDGROUPS": SIMDGROUPS,
     }
@@ -92,10 +142,11 @@ def _launch(
     return launcher.prepare(
         back_end,
         "experts_gate_up",
-        inputs=["x", "experts"],
+        inputs=["x", "router_logits", *["bias"] * with_bias],
         weights=dict(zip(("GATE", "UP", "SHARED_GATE", "SHARED_UP"), kinds, strict=False)),
         outputs=outputs,
         template=template,
+        defines={"SCALE": f"{scale!r}f"} | ({"BIAS": ""} if with_bias else {}),
         threadgroups=(-(-width // (ROWS * SIMDGROUPS)), slots, tokens),
         simdgroups=SIMDGROUPS,
     )

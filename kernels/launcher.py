@@ -86,7 +86,7 @@ def avoid(op: str) -> None:
     _avoided.add(op)
 
 
-OPS = ("qmv", "experts_gate_up", "experts_down", "route", "mla_decode")
+OPS = ("embed", "qmv", "experts_gate_up", "experts_down", "mla_decode")
 
 
 def kind(weight: Weight) -> Kind:

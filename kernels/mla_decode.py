@@ -1,6 +1,6 @@
 """Absorbed multi-head latent attention: every head attends to one shared latent row per position.
 
-mla_decode(q_latent, q, kv_a, norm, wavelengths, cache, position, scale) -> (out, cache), and the same with `_ops`
+mla_decode(q_latent, q, kv_a, norm, wavelengths, cache, position, scale, v_b) -> (y, cache), and the same with `_ops`
     q_latent     (1, H, L, R)         q_nope absorbed through k_b
     q            (1, L, H * (N + P))  of each head the last P columns are rotated and used
     kv_a         (1, L, R + P)        [latent | k_pe] of the new tokens: the latent is normed, k_pe rotated, then cached
@@ -9,20 +9,21 @@ mla_decode(q_latent, q, kv_a, norm, wavelengths, cache, position, scale) -> (out
     cache        (1, S, R + P)        rows [latent | k_pe], of which `position` are valid, with room for L more
     position     (1,) int32           of the first new token
     scale        1 / sqrt(qk_head_dim), times YaRN's mscale squared
-    out          (1, H, L, R)         dtype of q_latent; softmax and sums in float32
+    v_b          (H, V, R)            `Weight`: from the latent space to each head's values
+    y            (1, L, H * V)        dtype of q_latent; softmax and sums in float32
     cache        with the new rows: the kernel writes them in place and returns the array that it was given
 
-attend_ops(q_latent, q_pe, rows, scale) -> out: the attention alone, with q_pe (B, H, L, P) rotated and rows
+attend_ops(q_latent, q_pe, rows, scale) -> (B, H, L, R): the attention alone, with q_pe (B, H, L, P) rotated and rows
 (B, S, R + P) all valid, the last L of them those of the queries.
 
 Query i sees the rows before its own and its own. The value is a view of the key: the first R columns of the cache.
-Source: DeepSeek-V2 (arXiv 2405.04434), section 2.1 and appendix C, with k_b absorbed into the query and v_b applied by
-the caller.
+Source: DeepSeek-V2 (arXiv 2405.04434), section 2.1 and appendix C, with k_b absorbed into the query.
 
-The kernel takes up to 8 queries. The context is split among threadgroups, each of which reads its rows once for a few
-heads (S * (R + P) values for every group of heads, from the device's cache after the first), and a second, small launch
-combines the splits. The new rows are made by whoever needs them and stored by one. MLX does not know of the write:
-later readers must depend on `out`, as the next token does. A full cache must be refused by the caller, before.
+The kernels take up to 8 queries and latents of up to 2,048. The context is split among threadgroups, each of which
+reads its rows once for a few heads (S * (R + P) values for every group of heads, from the device's cache after the
+first). A second launch (`mla_merge`) adds up the splits and multiplies by v_b. The new rows are made by whoever needs
+them and stored by one. MLX does not know of the write: later readers must depend on `y`, as the next token does. A full
+cache must be refused by the caller, before.
 """
 
 import math
@@ -31,12 +32,14 @@ from functools import cache as memoised
 import mlx.core as mx
 
 from kernels import launcher
-from kernels.qmv import Norm
+from kernels.planes import Weight
+from kernels.qmv import Norm, merge_heads_ops
 
 HEADS_AT_ONCE, SIMDGROUPS = 4, 4  # heads of a threadgroup, simdgroups of a threadgroup
 ROWS_AT_ONCE = 4  # rows that a lane loads in one go
 ROWS_OF_SPLIT, MAX_SPLITS = 32, 64  # rows that are worth a threadgroup of their own; splits that are worth combining
-COMBINE_THREADS = 128
+MERGE_ROWS, MERGE_SIMDGROUPS = 4, 8  # rows of v_b of a simdgroup, simdgroups of a threadgroup
+MAX_LATENT = 2048  # a lane holds whole rows of v_b
 
 
 def rope_ops(x: mx.array, wavelengths: mx.array, position: int | mx.array) -> mx.array:
@@ -79,12 +82,14 @@ def mla_decode_ops(
     cache: mx.array,
     position: mx.array,
     scale: float,
+    v_b: Weight,
 ) -> tuple[mx.array, mx.array]:
     _, heads, length, _ = q_latent.shape
     q_pe = q.reshape(1, length, heads, -1)[..., -2 * wavelengths.size :].swapaxes(1, 2)
     new = mx.concatenate([*latent_rows_ops(kv_a, norm, wavelengths, position)], axis=-1)
     cache = mx.slice_update(cache, new.astype(cache.dtype), position, axes=(1,))
-    return attend_ops(q_latent, rope_ops(q_pe, wavelengths, position), cache, scale, position + length), cache
+    out = attend_ops(q_latent, rope_ops(q_pe, wavelengths, position), cache, scale, position + length)
+    return merge_heads_ops(out, v_b), cache
 
 
 def mla_decode(
@@ -96,13 +101,14 @@ def mla_decode(
     cache: mx.array,
     position: mx.array,
     scale: float,
+    v_b: Weight,
 ) -> tuple[mx.array, mx.array]:
     back_end = launcher.back_end("mla_decode")
     _, heads, length, latent_dim = q_latent.shape
-    if back_end is None or not _fits(q_latent, kv_a, cache):
-        return mla_decode_ops(q_latent, q, kv_a, norm, wavelengths, cache, position, scale)
+    if back_end is None or not _fits(q_latent, cache) or not launcher.fits(v_b):
+        return mla_decode_ops(q_latent, q, kv_a, norm, wavelengths, cache, position, scale, v_b)
     splits = 1 << max(0, min(MAX_SPLITS, cache.shape[1] // ROWS_OF_SPLIT).bit_length() - 1)
-    attend, combine = _launches(
+    attend, merge = _launches(
         back_end,
         heads,
         length,
@@ -113,17 +119,16 @@ def mla_decode(
         q_latent.dtype,
         norm.eps,
         scale,
+        launcher.kind(v_b),
     )
     partial, state = attend(q_latent, q, kv_a, norm.weight, wavelengths, cache, position)
-    return combine(partial, state)[0].reshape(q_latent.shape), cache
+    return merge(partial, state, *launcher.planes(v_b))[0].reshape(1, length, -1), cache
 
 
-def _fits(q_latent: mx.array, kv_a: mx.array, cache: mx.array) -> bool:
-    """Pairs of values are read; MLX hands Metal arrays of fewer than 8 elements as `constant`."""
+def _fits(q_latent: mx.array, cache: mx.array) -> bool:
     batch, _, length, latent_dim = q_latent.shape
-    even = latent_dim % 2 == 0 and kv_a.shape[-1] % 2 == 0
-    sizes = (q_latent.size, kv_a.size, cache.size, latent_dim)
-    return batch == 1 and length <= launcher.MAX_TOKENS and even and min(sizes) >= 8 and cache.dtype == q_latent.dtype
+    few = batch == 1 and length <= launcher.MAX_TOKENS and latent_dim <= MAX_LATENT
+    return few and cache.dtype == q_latent.dtype
 
 
 @memoised
@@ -138,7 +143,11 @@ def _launches(
     dtype: mx.Dtype,
     eps: float,
     scale: float,
+    v_b: launcher.Kind,
 ) -> tuple[launcher.Launch, launcher.Launch]:
+    values = v_b[1][1]
+    fits = v_b[1] == (heads, values, latent_dim)
+    launcher.require("mla_decode", (fits, f"v_b of shape {v_b[1]} for {heads} heads of {latent_dim} values"))
     half_of_them = (SIMDGROUPS + 1) // 2
     attend = launcher.prepare(
         back_end,
@@ -167,14 +176,24 @@ def _launches(
         simdgroups=SIMDGROUPS,
         threadgroup_bytes=half_of_them * HEADS_AT_ONCE * (latent_dim + 2) * 4,
     )
-    combine = launcher.prepare(
+    merge = launcher.prepare(
         back_end,
-        "mla_combine",
+        "mla_merge",
         inputs=["partial", "state"],
-        weights={},
-        outputs={"y": ((heads, length, latent_dim), dtype)},
-        template={"T": dtype, "SPLITS": splits, "LATENT": latent_dim, "THREADS": COMBINE_THREADS},
-        threadgroups=(-(-latent_dim // COMBINE_THREADS), heads * length, 1),
-        simdgroups=COMBINE_THREADS // launcher.LANES,
+        weights={"V_B": v_b},
+        outputs={"y": ((length, heads * values), dtype)},
+        template={
+            "T": dtype,
+            "HEADS": heads,
+            "QUERIES": length,
+            "SPLITS": splits,
+            "LATENT": latent_dim,
+            "VALUES": values,
+            "ROWS": MERGE_ROWS,
+            "SIMDGROUPS": MERGE_SIMDGROUPS,
+        },
+        threadgroups=(-(-values // (MERGE_ROWS * MERGE_SIMDGROUPS)), heads, length),
+        simdgroups=MERGE_SIMDGROUPS,
+        threadgroup_bytes=latent_dim * 4,
     )
-    return attend, combine
+    return attend, merge

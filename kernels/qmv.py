@@ -286,8 +286,3 @@ def _affine_terms(x: mx.array, w: QuantizedTensor) -> list[tuple[mx.array, mx.ar
 
 def _sum(terms: list[mx.array]) -> mx.array:
     return terms[0] if len(terms) == 1 else terms[0] + terms[1]
-
-
-def embed_ops(w: Weight, tokens: mx.array) -> mx.array:
-    """Rows of the embedding: tokens (B, L) -> (B, L, D) float32."""
-    return dequantize_ops(w[tokens])

@@ -13,8 +13,9 @@ from glm_mlx.cache import LatentCache
 from glm_mlx.config import Config
 from glm_mlx.gguf import GGUFFile
 from glm_mlx.model import Block, Model, Weights
+from kernels.embed import embed_ops
 from kernels.planes import Weight
-from kernels.qmv import embed_ops, qmv_ops
+from kernels.qmv import qmv_ops
 from parity_tests.budgets import BUDGETS, NEAR_TIE, NEAR_TIE_16, relative_error
 from reference.model import Reference
 
@@ -70,7 +71,7 @@ def _compare_layers(
     chosen = set(range(reference.n_layers)) if layers is None else set(layers)
     x = reference.embed(tokens)
     cfg, tensors = load_part(path, lambda name: name == "embed_tokens")
-    got = embed_ops(tensors["embed_tokens"], mx.array(np.asarray(tokens)[None])).astype(dtype)
+    got = embed_ops(tensors["embed_tokens"], mx.array(np.asarray(tokens)[None]), dtype)
     yield TapError("embed", "embed", relative_error(to_numpy(got)[0], x))
     for i in range(max(chosen) + 1):
         want = reference.layer(i, x)

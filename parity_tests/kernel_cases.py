@@ -23,12 +23,13 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from glm_mlx.make_tiny import random_blocks
 from glm_mlx.packing import pack
 from kernels import launcher
+from kernels.embed import embed, embed_ops
 from kernels.experts_down import experts_down, experts_down_ops
 from kernels.experts_gate_up import experts_gate_up, experts_gate_up_ops
 from kernels.mla_decode import mla_decode, mla_decode_ops
 from kernels.planes import QUANT_TYPES, Weight, dequantize_ops
 from kernels.qmv import Norm, absorb, absorb_ops, merge_heads, merge_heads_ops, norm_qmv, qmv, qmv_all, qmv_ops
-from kernels.route import Gating, route, route_ops
+from kernels.route import Gating, Router
 from parity_tests.budgets import NEAR_TIE, check, check_twice
 from parity_tests.msl import executing
 
@@ -313,12 +314,44 @@ class HeadQmv(Case):
 
 
 @dataclass(frozen=True)
+class Embed(Case):
+    """outside: some of the tokens are none of the vocabulary's, and stand for its first or last."""
+
+    kind: str
+    rows: int
+    cols: int
+    tokens: int = 1
+    outside: bool = False
+    dtype: mx.Dtype = mx.float32
+    op: ClassVar[str] = "embed"
+
+    @cached_property
+    def ids(self) -> npt.NDArray[np.int32]:
+        ids = np.random.default_rng(0).integers(0, self.rows, self.tokens, dtype=np.int32)
+        return np.resize(np.array([-1, self.rows, 2**31 - 1, -(2**31)], np.int32), self.tokens) if self.outside else ids
+
+    @cached_property
+    def weight(self) -> Weight:
+        return expert_weight(self.kind, 1, (self.rows, self.cols), 0, np.zeros(1, np.int64))[0]
+
+    def kernel(self) -> Sequence[mx.array]:
+        return [embed(self.weight, mx.array(self.ids)[None], self.dtype)]
+
+    def twin(self) -> Sequence[mx.array]:
+        return [embed_ops(self.weight, mx.array(np.clip(self.ids, 0, self.rows - 1))[None], self.dtype)]
+
+    @cached_property
+    def exact(self) -> list[Exact]:
+        return [values(self.weight)[np.clip(self.ids, 0, self.rows - 1)][None]]
+
+
+@dataclass(frozen=True)
 class Experts(Case):
     """kind: of the routed experts. shared: type of the shared ones, or none. width: of an expert; shared_width: of the
     shared ones together. ids: how experts are chosen; those outside [0, experts) stand for the last expert."""
 
     kind: str
-    experts: int = 6
+    experts: int = 9
     top_k: int = 3
     width: int = 64
     cols: int = 256
@@ -381,25 +414,34 @@ class GateUp(Experts):
         up = self.routed(self.up_kind or self.kind, self.width, self.cols, 1)
         return random_array((self.tokens, self.cols), self.dtype, 4), gate, up, *shared
 
-    def call(self, op: Callable[..., Any], ids: mx.array) -> Sequence[mx.array | None]:
+    @cached_property
+    def logits(self) -> mx.array:
+        """Of which the chosen ones are the largest, best first."""
+        logits = np.random.default_rng(9).uniform(-5, -4, (self.tokens, self.experts))
+        np.put_along_axis(logits, self.chosen, np.linspace(3, -3, self.top_k)[None], axis=-1)
+        return framed(mx.array(logits.astype(np.float32)))
+
+    def call(self, op: Callable[..., Any]) -> Sequence[mx.array | None]:
         x, gate, up, *shared = self.inputs
-        return op(x, gate, up, ids, *shared)  # type: ignore[no-any-return]
+        router = Router(None, self.top_k, "sigmoid", True, 1.8)
+        return op(x, self.logits, router, gate, up, *shared)  # type: ignore[no-any-return]
 
     def kernel(self) -> Sequence[mx.array | None]:
-        return self.call(experts_gate_up, self.given)
+        return self.call(experts_gate_up)
 
     def twin(self) -> Sequence[mx.array | None]:
-        return self.call(experts_gate_up_ops, mx.array(self.chosen))
+        return self.call(experts_gate_up_ops)
 
     @cached_property
-    def exact(self) -> list[Exact]:
+    def exact(self) -> list[npt.NDArray[Any]]:
         x, gate, up, shared_gate, shared_up = self.inputs
         x = float64(x)
         g, u = (np.einsum("tkrc,tc->tkr", self.of_chosen(w), x) for w in (gate, up))
-        results = [silu(g) * u]
+        results: list[npt.NDArray[Any]] = [silu(g) * u]
         if self.shared:
             results.append(silu(x @ values(shared_gate).T) * (x @ values(shared_up).T))
-        return results
+        scores = 1 / (1 + np.exp(-np.take_along_axis(float64(self.logits), self.chosen, axis=-1)))
+        return [*results, self.chosen, scores / scores.sum(axis=-1, keepdims=True) * 1.8]
 
 
 @dataclass(frozen=True)
@@ -446,7 +488,7 @@ class Down(Experts):
 
 @dataclass(frozen=True)
 class Route(Case):
-    """bias: about this, near 9 in the real model; None for a model without.
+    """The first part of experts_gate_up. bias: about this, near 9 in the real model; None for a model without.
 
     logits: 'apart', no two choices near each other; 'ties', many equal; 'far', one of the second 32 alone, where exp
     leaves float32; 'nan', some are, and all of the last token.
@@ -460,7 +502,7 @@ class Route(Case):
     logits: Literal["apart", "ties", "far", "nan"] = "apart"
     tokens: int = 1
     scale: float = 1.8
-    op: ClassVar[str] = "route"
+    op: ClassVar[str] = "experts_gate_up"
 
     @cached_property
     def inputs(self) -> tuple[mx.array, mx.array | None]:
@@ -481,11 +523,18 @@ class Route(Case):
         bias_array = None if self.bias is None else framed(mx.array((self.bias + bias).astype(np.float32)))
         return framed(mx.array(logits.astype(np.float32))), bias_array
 
+    def call(self, logits: mx.array, bias: mx.array | None) -> Sequence[mx.array]:
+        """With experts of one row, of zeros."""
+        x, bank = mx.zeros((self.tokens, 8)), mx.zeros((self.experts, 1, 8))
+        router = Router(bias, self.top_k, self.gating, self.normalize, self.scale)
+        return experts_gate_up(x, logits, router, bank, bank, None, None)[2:]
+
     def kernel(self) -> Sequence[mx.array]:
-        return route(*self.inputs, self.top_k, self.gating, self.normalize, self.scale)
+        return self.call(*self.inputs)
 
     def twin(self) -> Sequence[mx.array]:
-        return route_ops(*self.inputs, self.top_k, self.gating, self.normalize, self.scale)
+        logits, bias = self.inputs
+        return Router(bias, self.top_k, self.gating, self.normalize, self.scale)(logits)
 
     @cached_property
     def exact(self) -> list[npt.NDArray[Any]]:
@@ -508,7 +557,8 @@ class Route(Case):
 
 @dataclass(frozen=True)
 class Mla(Case):
-    """context: rows of the cache with those of the `tokens` new ones; `room` rows of NaN stand behind them."""
+    """context: rows of the cache with those of the `tokens` new ones; `room` rows of NaN stand behind them. kind: of
+    v_b, which gives `values` of each head."""
 
     heads: int
     context: int
@@ -518,12 +568,14 @@ class Mla(Case):
     dtype: mx.Dtype = mx.float32
     nope: int = 24
     room: int = 3
+    kind: str = "F16"
+    values: int = 20
     op: ClassVar[str] = "mla_decode"
     launches: ClassVar[int] = 2
 
     @cached_property
     def inputs(self) -> tuple[Any, ...]:
-        """All but the scale. Queries are large enough that a few rows win."""
+        """All before the scale. Queries are large enough that a few rows win."""
         width = self.latent + self.rope
         q_latent = 3 * random_array((self.heads, self.tokens, self.latent), self.dtype, 0)
         q = random_array((self.tokens, self.heads, self.nope + self.rope), self.dtype, 1)
@@ -543,15 +595,19 @@ class Mla(Case):
     def scale(self) -> float:
         return (self.latent + self.rope) ** -0.5
 
+    @cached_property
+    def v_b(self) -> Weight:
+        return each_plane(random_weight(self.kind, (self.heads, self.values, self.latent), 5), framed)
+
     def kernel(self) -> Sequence[mx.array]:
-        out, cache = mla_decode(*self.inputs, self.scale)
-        return [out, cache[:, : self.context]]
+        y, cache = mla_decode(*self.inputs, self.scale, self.v_b)
+        return [y, cache[:, : self.context]]
 
     def twin(self) -> Sequence[mx.array]:
         *others, cache, position = self.inputs
         # MLX's matmul meets the rows that are not valid yet, with weights of 0.
-        out, cache = mla_decode_ops(*others, mx.nan_to_num(cache), position, self.scale)
-        return [out, cache[:, : self.context]]
+        y, cache = mla_decode_ops(*others, mx.nan_to_num(cache), position, self.scale, self.v_b)
+        return [y, cache[:, : self.context]]
 
     @cached_property
     def exact(self) -> list[Exact]:
@@ -568,7 +624,9 @@ class Mla(Case):
         scores = np.einsum("hlw,bsw->bhls", both, rows) * self.scale
         scores[..., np.arange(self.context) > at[:, None]] = -np.inf
         p = np.exp(scores - scores.max(axis=-1, keepdims=True))
-        return [np.einsum("bhls,bsr->bhlr", p / p.sum(axis=-1, keepdims=True), rows[..., : self.latent]), rows]
+        out = np.einsum("bhls,bsr->bhlr", p / p.sum(axis=-1, keepdims=True), rows[..., : self.latent])
+        y = np.einsum("bhlr,hvr->blhv", out, values(self.v_b))
+        return [y.reshape(1, self.tokens, -1), rows]
 
 
 def rotated(x: Exact, angles: Exact) -> Exact:

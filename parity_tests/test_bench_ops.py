@@ -17,6 +17,7 @@ from glm_mlx.small import SMALL_MODEL
 from kernels import launcher
 from kernels.planes import QuantizedTensor, Weight
 from kernels.qmv import Norm
+from kernels.route import Router
 
 # import-linter keeps tests and benchmarks from importing one another.
 SIZES = replace(op_cases.CPU, num_experts=6, layers=2, vocab_size=512, rotating_bytes=1 << 20, contexts=(64,))
@@ -39,14 +40,20 @@ def test_expert_bytes_are_those_of_the_rows_that_were_chosen(
     seen: list[int] = []
 
     def spy(*args: Any) -> Any:
-        experts = next(a for a in args if isinstance(a, mx.array) and a.dtype == mx.uint32)
+        ids = [a for a in args if isinstance(a, mx.array) and a.dtype == mx.uint32]
+        if ids:
+            experts = ids[0]
+        else:
+            logits = next(a for a in args if isinstance(a, mx.array) and a.shape == (1, SIZES.num_experts))
+            experts = mx.argsort(-logits, axis=-1)[:, : op_cases.TOP_K]
+        args = tuple(a for a in args if not isinstance(a, Router))
         weights = [a for a in args if isinstance(a, QuantizedTensor) or (isinstance(a, mx.array) and a.ndim > 2)]
         banks = [w for w in weights if w.shape[0] == SIZES.num_experts]
         shared = [w for w in args if w is not None and len(w.shape) == 2 and min(w.shape) > 8]
         chosen = {int(e) for e in np.asarray(experts).reshape(-1)}
         rows = [p[e] for bank in banks for p in planes(bank) for e in chosen]
         seen.append(sum(r.nbytes for r in rows) + sum(p.nbytes for w in shared for p in planes(w)))
-        return mx.zeros((1, 1)) if op == "experts_down" else (mx.zeros((1, 1)), None)
+        return mx.zeros((1, 1)) if op == "experts_down" else (mx.zeros((1, 1)), None, experts, None)
 
     monkeypatch.setattr(op_cases, op, spy)
     (case,) = cases(op, quant)
@@ -90,23 +97,23 @@ def test_contestants_compute_the_same(op: str, quant: str) -> None:
     rows: list[Any] = []
     for case in cases(op, quant):
         op_timing.measure(case, op_timing.Link(case.x.dtype, case.x.size), 0, rows)
-    assert {row.by for row in rows} >= ({"twin"} if op in ("route", "router") else {"twin", "mlx"})
+    assert {row.by for row in rows} >= ({"twin"} if op == "router" else {"twin", "mlx"})
     for row in rows:
         assert row.problem is None
         assert row.error < 1e-5
-        assert row.nbytes > row.case.contestants[row.by].nbytes > 0 or op == "route"
+        assert row.nbytes > row.case.contestants[row.by].nbytes > 0
 
 
-@pytest.mark.parametrize("op", ["qmv", "heads", "experts_gate_up", "experts_down", "route", "mla_decode"])
+@pytest.mark.parametrize("op", ["qmv", "heads", "experts_gate_up", "experts_down", "mla_decode"])
 def test_a_device_with_kernels_measures_them_beside_their_twins(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     avoided: list[bool] = []
     monkeypatch.setattr(launcher, "back_end", lambda op: None if op in launcher._avoided else mx.fast.metal_kernel)
 
     def spy(*args: Any) -> Any:
         avoided.append(all(launcher.back_end(name) is None for name in launcher.OPS))
-        return [mx.zeros((1, 1))] * 2
+        return [mx.zeros((1, 1))] * 4
 
-    for name in ("qmv", "qmv_all", "absorb", "merge_heads", "experts_gate_up", "experts_down", "route", "mla_decode"):
+    for name in ("qmv", "qmv_all", "absorb", "merge_heads", "experts_gate_up", "experts_down", "mla_decode"):
         monkeypatch.setattr(op_cases, name, spy)
     case = cases(op)[0]
     assert list(case.contestants)[:2] == ["twin", "kernel"]
@@ -216,7 +223,9 @@ def test_bytes_of_a_token_are_those_that_a_decode_step_touches(monkeypatch: pyte
         def call(*args: Any, **kwargs: Any) -> Any:
             flat = [item for a in (*args, *kwargs.values()) for item in (a if isinstance(a, list | tuple) else [a])]
             flat += [item.weight for item in flat if isinstance(item, Norm)]
+            flat += [item.bias for item in flat if isinstance(item, Router)]
             ids = [a for a in flat if isinstance(a, mx.array) and a.dtype in (mx.uint32, mx.int32)]
+            ids += [router(args[1])[0] for router in flat if isinstance(router, Router)]
             for weight in flat:
                 name = names.get(id(weight))
                 if name is None:
@@ -234,7 +243,7 @@ def test_bytes_of_a_token_are_those_that_a_decode_step_touches(monkeypatch: pyte
 
     for name, value in vars(glm_mlx.model).items():
         of_kernels = callable(value) and getattr(value, "__module__", "").startswith("kernels.")
-        if of_kernels and value is not Norm:
+        if of_kernels and value not in (Norm, Router):
             monkeypatch.setattr(glm_mlx.model, name, watched(value))
     normed = watched(Norm.__call__)
     monkeypatch.setattr(Norm, "__call__", lambda norm, x: normed(norm, x))

@@ -137,15 +137,15 @@ def test_ctrl_c_keeps_what_was_measured(
 @pytest.mark.usefixtures("quick")
 def test_ctrl_c_in_the_ops_keeps_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def two_then_stop(quant: str, dtype: mx.Dtype, sizes: Any) -> Any:
-        yield from op_cases.route_cases(quant, dtype, sizes)
-        yield from op_cases.route_cases(quant, dtype, sizes)
+        yield from op_cases.router_cases(quant, dtype, sizes)
+        yield from op_cases.router_cases(quant, dtype, sizes)
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(op_cases.OPS, "route", two_then_stop)
+    monkeypatch.setitem(op_cases.OPS, "router", two_then_stop)
     path = tmp_path / "out.json"
-    assert ops_speed.main(["--op", "route,qmv", "--rounds", "2", "--json", str(path)]) == 130
+    assert ops_speed.main(["--op", "router,qmv", "--rounds", "2", "--json", str(path)]) == 130
     report = json.loads(path.read_text())
-    assert [row["op"] for row in report["rows"]] == ["route", "route"]
+    assert [row["op"] for row in report["rows"]] == ["qmv", "qmv"]
     assert {name: len(values) for name, values in report["rows"][0]["seconds"].items()} == {
         "chain": 2,
         "link": 2,
@@ -217,7 +217,7 @@ def test_bad_input_is_one_line(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--op", "route,rout"], "'rout' is none of qmv, "),
+        (["--op", "router,rout"], "'rout' is none of qmv, "),
         (["--quant", "Q3_K"], "'Q3_K' is none of Q4_0, "),
         (["--rounds", "0"], "'0' is not a whole number from 1"),
         (["--dtype", "int8"], "invalid choice: 'int8'"),

@@ -30,7 +30,7 @@ from glm_mlx.load import load_model
 from glm_mlx.make_tiny import TinySpec
 from glm_mlx.model import Model
 from glm_mlx.model_cases import chunk_cases, decode_cases
-from kernels import experts_down, experts_gate_up, launcher, mla_decode, qmv, route
+from kernels import embed, experts_down, experts_gate_up, launcher, mla_decode, qmv
 from kernels.cases import Case
 from kernels.check import Result, check, difference
 from kernels.planes import QUANT_TYPES
@@ -42,14 +42,11 @@ from parity_tests.msl import compiler, executing
 ROOT = Path(__file__).parents[1]
 COMMAND = [sys.executable, "-m", "glm_mlx.doctor"]
 SPEC = TinySpec(layers=2)
-PARTS = {"mla_decode": ["mla_decode", "mla_combine"]}  # ops of several launches
+PARTS = {"mla_decode": ["mla_decode", "mla_merge"]}  # ops of several launches
 # Text of each op that every result goes through (where it is rounded to the type of the output), and that in error.
 STORED = (r"= ([A-Z])\(", r"= \1(1.05f) * \1(")
 FAULTS = {
-    "qmv": STORED,
-    "experts_gate_up": STORED,
-    "experts_down": STORED,
-    "route": (r"\* SCALE", "* SCALE * 1.01f"),
+    **dict.fromkeys(("embed", "qmv", "experts_gate_up", "experts_down"), STORED),
     "mla_decode": (r"\* float\(SCALE\)", "* float(SCALE) * 1.01f"),
 }
 
@@ -112,7 +109,7 @@ def with_kernels() -> Iterator[list[str]]:
 def forget() -> None:
     """The next launch reads the text again."""
     launcher._text.cache_clear()
-    for module in (qmv, experts_gate_up, experts_down, route):
+    for module in (embed, qmv, experts_gate_up, experts_down):
         module._launch.cache_clear()
     mla_decode._launches.cache_clear()
 
@@ -156,7 +153,7 @@ def test_every_kernel_of_a_published_composition_agrees(
             assert check(case, timed=False) == Result(compiles=True, agrees=True), case.variant
             assert launches[before:] == PARTS.get(case.op, [case.op])
     assert {case.op for case in cases} >= set(launcher.OPS) - ({"mla_decode"} if tokens > 1 else set())
-    assert {case.dtype for case in cases if case.op != "route"} == {str(dtype).removeprefix("mlx.core.")}
+    assert {case.dtype for case in cases} == {str(dtype).removeprefix("mlx.core.")}
 
 
 def test_compositions_cover_every_type_that_stays_packed() -> None:
@@ -193,8 +190,8 @@ def test_a_text_that_does_not_compile_is_told_from_one_that_is_wrong(
 
 
 def test_a_kernel_that_does_not_take_the_call_is_no_success(model_file: MakeModel) -> None:
-    case = next(case for case in cases_of(model_file(SPEC)) if case.op == "route")
-    few = {name: value[..., :4] if isinstance(value, mx.array) else value for name, value in case.arguments.items()}
+    case = next(case for case in cases_of(model_file(SPEC)) if case.op == "embed")
+    few = {**case.arguments, "w": mx.zeros((16, 20))}
     with with_kernels() as launches:
         assert not replace(case, arguments=few).has_kernel
         assert check(replace(case, arguments=few), timed=False).compiles is False
@@ -329,11 +326,11 @@ def test_generate_leaves_out_a_kernel_that_does_not_compile_and_remembers_it(
 
 
 def test_another_kernel_text_is_checked_again(start: Start, edit: Edit) -> None:
-    plant(edit, "route")
+    plant(edit, "mla_decode")
     lines, _ = start()
     assert len(lines) == 1
-    assert launcher._avoided == {"route"}
-    edit("route", lambda text: text.replace(" * 1.01f", ""))
+    assert launcher._avoided == {"mla_decode"}
+    edit("mla_decode", lambda text: text.replace(" * 1.01f", ""))
     assert start()[0] == [], "repaired"
     edit("qmv", lambda text: text + "\n// the same in other words\n")
     assert start()[1] > 0
@@ -459,11 +456,11 @@ def test_a_kernel_that_takes_the_gpu_with_it_is_one_line_and_left_out_at_the_nex
         assert generate.main(["-m", file, "Hello"]) == 2
     err = capfd.readouterr().err
     assert len(err.splitlines()) == 1
-    assert re.search(r"^error: the kernel qmv has stopped the GPU .*illegal.*start again.*glm_mlx.doctor$", err)
+    assert re.search(r"^error: the kernel embed has stopped the GPU .*illegal.*start again.*glm_mlx.doctor$", err)
     monkeypatch.setattr(self_test, "check", lambda *_, **__: Result(True, True))
     lines, _ = start()
     assert len(lines) == 1
-    assert "the kernel qmv does not work here" in lines[0]
+    assert "the kernel embed does not work here" in lines[0]
 
 
 def test_a_launch_that_no_device_could_run_goes_to_its_twin(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -541,13 +538,11 @@ def test_doctor_prints_and_writes_the_same(capsys: pytest.CaptureFixture[str], t
     ]
     assert table(out) == rows
     assert [(row[0], row[2].split(",")[0]) for row in rows] == [
-        (op, dtype)
-        for op in launcher.OPS
-        for dtype in (("float32",) if op == "route" else ("bfloat16", "float16", "float32"))
+        (op, dtype) for op in launcher.OPS for dtype in ("bfloat16", "float16", "float32")
     ]
     assert all(row["microseconds"] > 0 and row["gb_s"] > 0 and row["error"] is None for row in report["variants"])
     assert report["report"] in out
-    assert re.search(r"\((Metal|CUDA)\), .*mlx 0\.\d+.*Of 13 variants 13 compile, 13 run and agree", report["report"])
+    assert re.search(r"\((Metal|CUDA)\), .*mlx 0\.\d+.*Of 15 variants 15 compile, 15 run and agree", report["report"])
     assert report["machine"]["device"] in out
 
 

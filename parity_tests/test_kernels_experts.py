@@ -1,6 +1,5 @@
 """The experts' kernels: every type, shape and choice, against float64 and MLX's own 16-bit operations."""
 
-from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -10,7 +9,8 @@ import pytest
 from kernels import experts_down as down
 from kernels import experts_gate_up as gate_up
 from kernels.planes import GROUP, SUPER
-from parity_tests.kernel_cases import DTYPES, KINDS, Case, Down, GateUp, about, bits, block, float64, run, verify
+from kernels.route import Router
+from parity_tests.kernel_cases import DTYPES, KINDS, Case, Down, GateUp, Ids, about, bits, block, float64, run, verify
 
 ABOUT = about(gate_up.ROWS * gate_up.SIMDGROUPS)
 EDGES = (ABOUT - 1, ABOUT, ABOUT + 1)
@@ -34,23 +34,24 @@ COLS = {
 
 
 def gate_up_cases(number: int, kind: str) -> list[GateUp]:
-    """Fewer than eight ids, eight, more; shared experts narrower, equally wide, wider, twice as wide, and none."""
+    """Shared experts narrower, equally wide, wider, twice as wide, and none."""
     cols = COLS[block(kind)]
     low, at, above = EDGES
     dtype = [DTYPES[(number + i) % 3] for i in range(6)]
     shared = [beside(number + i, cols[i]) for i in range(6)]
     return [
-        GateUp(kind, 3, 1, 24, cols[0], shared[0], 24, tokens=1, dtype=dtype[0]),
-        GateUp(kind, 6, 4, low, cols[1], shared[1], low, tokens=1, dtype=dtype[1]),
-        GateUp(kind, 6, 4, at, cols[2], shared[2], 2 * at, tokens=2, dtype=dtype[2]),
-        GateUp(kind, 4, 1, above, cols[3], ids="repeated", tokens=7, dtype=dtype[3]),
-        GateUp(kind, 5, 3, above, cols[4], shared[4], above // 2 + 1, ids="outside", tokens=3, dtype=dtype[4]),
-        GateUp(kind, 9, 2, low, cols[5], shared[5], low + 5, ids="negative", tokens=8, dtype=dtype[5]),
+        GateUp(kind, 8, 1, 24, cols[0], shared[0], 24, tokens=1, dtype=dtype[0]),
+        GateUp(kind, 10, 4, low, cols[1], shared[1], low, tokens=1, dtype=dtype[1]),
+        GateUp(kind, 9, 4, at, cols[2], shared[2], 2 * at, tokens=2, dtype=dtype[2]),
+        GateUp(kind, 9, 1, above, cols[3], tokens=7, dtype=dtype[3]),
+        GateUp(kind, 33, 3, above, cols[4], shared[4], above // 2 + 1, tokens=3, dtype=dtype[4]),
+        GateUp(kind, 9, 2, low, cols[5], shared[5], low + 5, tokens=8, dtype=dtype[5]),
     ]
 
 
 def down_cases(number: int, kind: str) -> list[Down]:
-    """As for gate_up; and fewer, as many and more slots than simdgroups. Shared experts are as wide as others."""
+    """Fewer than eight ids, eight, more, the same ones, and none of an expert; fewer, as many and more slots than
+    simdgroups. Shared experts are as wide as others."""
     width = COLS[block(kind)]
     dtype = [DTYPES[(number + i) % 3] for i in range(6)]
     same = [beside(number + i, width[i]) for i in range(6)]
@@ -70,7 +71,7 @@ OTHERS = [
     GateUp("Q4_0", up_kind="Q5_1", width=EDGES[0], cols=96, shared="F16", shared_width=16, tokens=4),
     GateUp("Q4_K", up_kind="Q6_K", width=EDGES[2], cols=512, tokens=6, dtype=mx.bfloat16),
     GateUp("Q4_0", experts=64, top_k=6, width=EDGES[1], cols=64, shared="Q4_0", shared_width=ABOUT, tokens=8),
-    GateUp("Q8_0", experts=2, top_k=2, width=1, cols=256, tokens=2),
+    GateUp("Q8_0", experts=8, top_k=8, width=1, cols=256, tokens=2),
     Down("Q4_0", experts=64, top_k=6, width=64, cols=ROWS, shared="Q4_0", shared_width=128, tokens=8),
     Down("Q8_0", experts=2, top_k=2, width=256, cols=1, tokens=2),
     Down("Q4_0", top_k=SLOTS - 1, experts=SLOTS, width=64, cols=ROWS, shared="Q4_0", shared_width=64),
@@ -114,13 +115,14 @@ TOKENS = 3
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_gate_up_keeps_what_is_not_finite_with_its_token(bad: float) -> None:
-    case = GateUp("Q4_0", width=24, cols=288, shared="Q5_0", shared_width=48, tokens=TOKENS)
+    case = GateUp("Q4_0", 8, width=24, cols=288, shared="Q5_0", shared_width=48, tokens=TOKENS)
     x, gate, up, *shared = case.inputs
     spoilt = np.array(x)
     spoilt[1, 7] = bad
     clean = run(case.kernel)
-    got = run(lambda: gate_up.experts_gate_up(mx.array(spoilt), gate, up, case.given, *shared))
-    stays_with_token_1(got, clean)
+    router = Router(None, case.top_k, "sigmoid", True, 1.8)
+    got = run(lambda: gate_up.experts_gate_up(mx.array(spoilt), case.logits, router, gate, up, *shared))
+    stays_with_token_1(got[:2], clean[:2])
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -146,29 +148,18 @@ def stays_with_token_1(got: list[mx.array], clean: list[mx.array]) -> None:
 @pytest.mark.parametrize("sign", [1, -1])
 def test_gates_far_from_zero_neither_overflow_nor_vanish(sign: int) -> None:
     """silu(g) is g, or 0, where exp(-g) leaves float32."""
-    gate = mx.full((2, 16, 64), 4.0 * sign)
-    up = mx.ones((2, 16, 64))
-    x = mx.ones((1, 64))
-    ids = mx.array([[0, 1]], mx.uint32)
-    (hidden,) = run(lambda: gate_up.experts_gate_up(x, gate, up, ids, None, None)[:1])
+    gate = mx.full((8, 16, 64), 4.0 * sign)
+    up = mx.ones((8, 16, 64))
+    x, logits = mx.ones((1, 64)), mx.zeros((1, 8))
+    router = Router(None, 2, "sigmoid", True, 1.0)
+    (hidden,) = run(lambda: [gate_up.experts_gate_up(x, logits, router, gate, up, None, None)[0]])
     assert np.array(hidden).tolist() == np.full((1, 2, 16), 256.0 * 64 if sign > 0 else 0.0).tolist()
 
 
-OPS: dict[str, Callable[..., Any]] = {
-    "experts_gate_up": gate_up.experts_gate_up,
-    "experts_down": down.experts_down,
-}
-OUTSIDE = [
-    GateUp("Q4_K", tokens=2, ids="outside"),
-    GateUp("Q4_K", tokens=2, ids="negative"),
-    Down("Q4_0", tokens=2, ids="outside"),
-    Down("Q4_0", tokens=2, ids="negative"),
-]
-
-
-@pytest.mark.parametrize("case", OUTSIDE, ids=str)
-def test_an_id_outside_stands_for_the_last_expert(case: GateUp | Down) -> None:
+@pytest.mark.parametrize("ids", ["outside", "negative"])
+def test_an_id_outside_stands_for_the_last_expert(ids: Ids) -> None:
     """To the bit. That nothing outside is read is for the executor to see, and for the NaN around the weights."""
+    case = Down("Q4_0", tokens=2, ids=ids)
     clamped = mx.array(case.chosen.astype(np.uint32))
-    got, same = run(case.kernel), run(lambda: case.call(OPS[case.op], clamped))
+    got, same = run(case.kernel), run(lambda: case.call(down.experts_down, clamped))
     assert [bits(y) for y in got] == [bits(y) for y in same]

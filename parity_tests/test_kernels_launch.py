@@ -10,13 +10,16 @@ import mlx.core as mx
 import pytest
 
 from kernels import launcher
+from kernels.embed import embed
 from kernels.experts_down import experts_down
 from kernels.experts_gate_up import experts_gate_up
+from kernels.mla_decode import mla_decode
 from kernels.qmv import qmv, qmv_all
-from kernels.route import route
+from kernels.route import Router
 from parity_tests.kernel_cases import (
     Case,
     Down,
+    Embed,
     GateUp,
     HeadQmv,
     Mla,
@@ -33,22 +36,24 @@ from parity_tests.kernel_cases import (
 TOO_MANY = launcher.MAX_TOKENS + 1
 CASES: dict[str, Case] = {
     "qmv": Qmv(("Q4_0",), (16,), 64, tokens=3),
-    "experts_gate_up": GateUp("Q4_0", width=16, cols=64, tokens=3),
+    "embed": Embed("Q4_0", 16, 64, tokens=3),
+    "experts_gate_up": GateUp("Q4_0", 8, width=16, cols=64, tokens=3),
     "experts_down": Down("Q4_0", width=64, cols=16, tokens=3),
-    "route": Route(64, 4, tokens=3),
     "mla_decode": Mla(4, 40, tokens=3, room=0),
 }
 TO_TWIN: dict[str, Case] = {
     **{f"{op}: {TOO_MANY} tokens": replace(case, tokens=TOO_MANY) for op, case in CASES.items()},  # type: ignore
+    "embed: rows of 20": Embed("F16", 16, 20),
     "qmv: rows of 20": Qmv(("F32",), (16,), 20),
     "qmv: fewer than eight scales": Qmv(("Q4_0", "Q4_0"), (7, 16), 32),
-    "experts_gate_up: rows of 20": GateUp("F16", width=16, cols=20),
-    "experts_gate_up: fewer than eight scales": GateUp("Q4_0", experts=2, top_k=2, width=3, cols=32),
+    "experts_gate_up: rows of 20": GateUp("F16", 8, width=16, cols=20),
+    "experts_gate_up: fewer than eight scales": GateUp("Q4_0", 8, width=16, cols=32, shared="Q4_0", shared_width=7),
     "experts_down: rows of 20": Down("BF16", width=20, cols=16),
     "experts_down: shared experts of another width": Down("Q4_0", width=64, shared="Q4_0", shared_width=96),
-    "route: fewer than eight experts": Route(7, 4),
-    "route: more than 256 experts": Route(257, 4),
-    "mla_decode: rows of 63": Mla(4, 40, latent=63, room=0),
+    "experts_gate_up: fewer than eight experts": Route(7, 4),
+    "experts_gate_up: more than 256 experts": Route(257, 4),
+    "mla_decode: latents of 60": Mla(4, 40, latent=60, room=0),
+    "mla_decode: latents of 2,056": Mla(1, 4, latent=2056, room=0),
     "mla_decode: fewer than eight values": Mla(1, 33, latent=6, rope=2, room=0),
 }
 
@@ -85,14 +90,17 @@ SHAPES: list[tuple[Case, dict[str, int]]] = [
     (Qmv(("Q5_0", "Q6_K"), (17, 3), 1280, True, tokens=2), {"ROWS": 1, "SIMDGROUPS": 1, "DEPTH": 1}),
     (Qmv(("Q5_1", "F16"), (29, 9), 224, tokens=3), {"ROWS": 3, "SIMDGROUPS": 2, "DEPTH": 2}),
     (HeadQmv("Q8_0", 3, 35, 480, tokens=2), {"ROWS": 4, "SIMDGROUPS": 8, "DEPTH": 4}),
-    (GateUp("Q4_K", 4, 2, 23, 768, "Q5_0", 25), {"ROWS": 2, "SIMDGROUPS": 2, "DEPTH": 1}),
-    (GateUp("Q8_0", 4, 2, 45, 1408, "F32", 90), {"ROWS": 4, "SIMDGROUPS": 8, "DEPTH": 5}),
+    (GateUp("Q4_K", 9, 2, 23, 768, "Q5_0", 25), {"ROWS": 2, "SIMDGROUPS": 2, "DEPTH": 1}),
+    (GateUp("Q8_0", 40, 2, 45, 1408, "F32", 90), {"ROWS": 4, "SIMDGROUPS": 8, "DEPTH": 5}),
     (Down("Q4_1", 6, 4, 96, 17, "Q4_0", 96), {"ROWS": 1, "MAX_SIMDGROUPS": 3, "DEPTH": 1}),
     (Down("Q8_0", 6, 5, 1408, 17, "Q5_0", 2816), {"ROWS": 8, "MAX_SIMDGROUPS": 16, "DEPTH": 3}),
     (Down("Q6_K", 9, 8, 768, 16, "Q4_K", 1536), {"ROWS": 3, "MAX_SIMDGROUPS": 32, "DEPTH": 2}),
-    (Mla(5, 70, 130, 62, tokens=2), {"HEADS_AT_ONCE": 2, "SIMDGROUPS": 3, "ROWS_AT_ONCE": 8}),
-    (Mla(3, 200, tokens=2), {"HEADS_AT_ONCE": 1, "SIMDGROUPS": 1, "ROWS_AT_ONCE": 2, "ROWS_OF_SPLIT": 8}),
-    (Mla(9, 200), {"HEADS_AT_ONCE": 8, "SIMDGROUPS": 5, "ROWS_AT_ONCE": 1, "COMBINE_THREADS": 32}),
+    (Mla(5, 70, 136, 62, tokens=2), {"HEADS_AT_ONCE": 2, "SIMDGROUPS": 3, "ROWS_AT_ONCE": 8, "MERGE_ROWS": 5}),
+    (
+        Mla(3, 200, tokens=2),
+        {"HEADS_AT_ONCE": 1, "SIMDGROUPS": 1, "ROWS_AT_ONCE": 2, "ROWS_OF_SPLIT": 8, "MERGE_ROWS": 5},
+    ),
+    (Mla(9, 200), {"HEADS_AT_ONCE": 8, "SIMDGROUPS": 5, "ROWS_AT_ONCE": 1, "MERGE_ROWS": 1, "MERGE_SIMDGROUPS": 2}),
 ]
 
 
@@ -174,18 +182,18 @@ X, W, EXPERTS = mx.zeros((2, 64)), random_weight("Q4_0", (16, 64), 0), random_we
 IDS, HIDDEN, WEIGHTS = mx.array([[0, 1], [2, 3]], mx.uint32), mx.zeros((2, 2, 64)), mx.ones((2, 2))
 
 
-def gate_up(**change: Any) -> Sequence[mx.array | None]:
-    given = {"x": X, "gate": EXPERTS, "up": EXPERTS, "experts": IDS, "shared_gate": None, "shared_up": None}
-    return experts_gate_up(**{**given, **change})
+MLA = Mla(4, 40, room=0)
+LOGITS, BANK = mx.zeros((2, 8)), random_weight("Q4_0", (8, 16, 64), 0)
+
+
+def gate_up(bias: mx.array | None = None, top_k: int = 4, **change: Any) -> Sequence[mx.array | None]:
+    given = {"x": X, "router_logits": LOGITS, "gate": BANK, "up": BANK, "shared_gate": None, "shared_up": None}
+    return experts_gate_up(router=Router(bias, top_k, "sigmoid", True, 1.0), **{**given, **change})
 
 
 def down(**change: Any) -> Sequence[mx.array | None]:
     given = {"hidden": HIDDEN, "shared_hidden": None, "down": EXPERTS, "shared_down": None, "experts": IDS}
     return [experts_down(**{**given, "weights": WEIGHTS, "residual": None, **change})]
-
-
-def routed(tokens: int = 1, bias: mx.array | None = None, top_k: int = 4) -> Sequence[mx.array]:
-    return route(mx.zeros((tokens, 16)), bias, top_k, "sigmoid", True, 1.0)
 
 
 MISFITS: dict[str, Callable[[], Sequence[mx.array | None]]] = {
@@ -195,9 +203,10 @@ MISFITS: dict[str, Callable[[], Sequence[mx.array | None]]] = {
     "qmv: matrices of two widths": lambda: qmv_all(X, [W, random_weight("Q4_0", (16, 32), 0)]),
     "experts_gate_up: x of integers": lambda: gate_up(x=X.astype(mx.int32)),
     "experts_gate_up: x too wide": lambda: gate_up(x=mx.zeros((2, 96))),
-    "experts_gate_up: x of fewer tokens than experts": lambda: gate_up(x=X[:1]),
-    "experts_gate_up: up with fewer rows than gate": lambda: gate_up(up=random_weight("Q4_0", (4, 15, 64), 0)),
-    "experts_gate_up: up with fewer experts than gate": lambda: gate_up(up=random_weight("Q4_0", (3, 16, 64), 0)),
+    "experts_gate_up: logits of fewer tokens than x": lambda: gate_up(router_logits=LOGITS[:1]),
+    "experts_gate_up: logits of more experts": lambda: gate_up(router_logits=mx.zeros((2, 9))),
+    "experts_gate_up: up with fewer rows than gate": lambda: gate_up(up=random_weight("Q4_0", (8, 15, 64), 0)),
+    "experts_gate_up: up with fewer experts than gate": lambda: gate_up(up=random_weight("Q4_0", (7, 16, 64), 0)),
     "experts_gate_up: shared experts of another width": lambda: gate_up(
         shared_gate=random_weight("Q4_0", (16, 32), 0), shared_up=random_weight("Q4_0", (16, 32), 0)
     ),
@@ -207,8 +216,10 @@ MISFITS: dict[str, Callable[[], Sequence[mx.array | None]]] = {
     "experts_down: fewer weights than experts": lambda: down(weights=WEIGHTS[:, :1]),
     "experts_down: residual too narrow": lambda: down(residual=mx.zeros((2, 8))),
     "experts_down: shared rows differ": lambda: down(shared_hidden=X, shared_down=random_weight("Q4_0", (17, 64), 0)),
-    "route: more experts than there are": lambda: routed(top_k=17),
-    "route: bias too short": lambda: routed(bias=mx.zeros((8,))),
+    "experts_gate_up: more experts than there are": lambda: gate_up(top_k=9),
+    "experts_gate_up: bias too short": lambda: gate_up(bias=mx.zeros((7,))),
+    "embed: tokens of another type": lambda: [embed(W, mx.zeros((1, 2), mx.uint32), mx.float32)],
+    "mla_decode: v_b of other heads": lambda: mla_decode(*MLA.inputs, MLA.scale, MLA.v_b[:3]),
 }
 
 

@@ -1,11 +1,22 @@
 """mla_decode's kernels: contexts on both sides of every split and block, among rows of NaN, against float64."""
 
+from typing import Any
+
 import mlx.core as mx
 import numpy as np
 import pytest
 
-from kernels.mla_decode import HEADS_AT_ONCE, MAX_SPLITS, ROWS_AT_ONCE, ROWS_OF_SPLIT, SIMDGROUPS, mla_decode
-from parity_tests.kernel_cases import DTYPES, Mla, bits, float64, run, verify
+from kernels.mla_decode import (
+    HEADS_AT_ONCE,
+    MAX_SPLITS,
+    MERGE_ROWS,
+    MERGE_SIMDGROUPS,
+    ROWS_AT_ONCE,
+    ROWS_OF_SPLIT,
+    SIMDGROUPS,
+    mla_decode,
+)
+from parity_tests.kernel_cases import DTYPES, KINDS, Mla, block, float64, run, verify
 
 ROUND = SIMDGROUPS * ROWS_AT_ONCE  # rows that a threadgroup takes at a time
 CONTEXTS = sorted(
@@ -14,7 +25,7 @@ CONTEXTS = sorted(
     | {1023, MAX_SPLITS * ROWS_OF_SPLIT, MAX_SPLITS * ROWS_OF_SPLIT + 77}
 )
 HEADS = (1, HEADS_AT_ONCE, HEADS_AT_ONCE + 1, 2 * HEADS_AT_ONCE - 1)
-WIDTHS = ((64, 16), (96, 32), (128, 64), (62, 10), (512, 64))
+WIDTHS = ((64, 16), (96, 32), (128, 64), (72, 10), (512, 64))
 CASES = [
     Mla(HEADS[i % 4], context, *WIDTHS[i % 5], tokens=min(context, 1 + (3 * i) % 8), dtype=DTYPES[i % 3])
     for i, context in enumerate(CONTEXTS)
@@ -25,14 +36,21 @@ MOSTLY_EMPTY = [
     Mla(3, 70, 96, 32, tokens=3, room=1000, dtype=mx.bfloat16),
     Mla(4, MAX_SPLITS + 1, room=MAX_SPLITS * ROWS_OF_SPLIT, tokens=2),
 ]
+# v_b of every type, with rows on both sides of a threadgroup's, and in latents that leave lanes without work.
+BLOCK = MERGE_ROWS * MERGE_SIMDGROUPS
+V_B = [
+    Mla(2, 33, max(block(kind), (24, 64, 264)[i % 3] if block(kind) == 1 else 96), tokens=1 + i % 3, kind=kind,
+        values=BLOCK * (1 + i % 2) + i % 3 - 1, dtype=DTYPES[i % 3])
+    for i, kind in enumerate(KINDS)
+]  # fmt: skip
 REAL = [
-    Mla(20, 4096, 512, 64, dtype=mx.bfloat16),
-    Mla(20, 129, 512, 64, tokens=8),
-    Mla(16, 1000, 512, 64, tokens=2, dtype=mx.float16),
+    Mla(20, 4096, 512, 64, dtype=mx.bfloat16, kind="Q8_0", values=256),
+    Mla(20, 129, 512, 64, tokens=8, kind="Q6_K", values=256),
+    Mla(16, 1000, 512, 64, tokens=2, dtype=mx.float16, kind="Q4_0", values=128),
 ]
 
 
-@pytest.mark.parametrize("case", [*CASES, *MOSTLY_EMPTY], ids=str)
+@pytest.mark.parametrize("case", [*CASES, *MOSTLY_EMPTY, *V_B], ids=str)
 def test_agrees_with_float64(case: Mla) -> None:
     verify(case)
 
@@ -46,13 +64,15 @@ FAR = [(100, 0), (100, 40), (100, 98), (2100, 2000)]  # context, a row of it
 
 
 def attend(q_latent: np.ndarray, rows: np.ndarray, new: np.ndarray | None = None) -> np.ndarray:
-    """(5, 64): one query of each of five heads, without RoPE, over rows of 80 of which the last is the query's own."""
+    """(5, 64): one query of each of five heads, without RoPE, over rows of 80 of which the last is the query's own.
+    v_b changes nothing."""
     case = Mla(5, rows.shape[1])
     _, q, kv_a, norm, wavelengths, _, position = case.inputs
     own = kv_a if new is None else mx.array(new)
     others = (own, norm, wavelengths, mx.array(rows), position)
-    (out,) = run(lambda: [mla_decode(mx.array(q_latent), 0 * mx.nan_to_num(q), *others, 1.0)[0]], launches=2)
-    return np.array(out)[0, :, 0]
+    v_b = mx.repeat(mx.eye(64)[None], 5, axis=0)
+    (y,) = run(lambda: [mla_decode(mx.array(q_latent), 0 * mx.nan_to_num(q), *others, 1.0, v_b)[0]], launches=2)
+    return np.array(y).reshape(5, 64)
 
 
 @pytest.mark.parametrize(("context", "at"), FAR)
@@ -93,27 +113,33 @@ def test_heads_do_not_share_a_largest_score() -> None:
 def test_what_is_not_finite_stays_with_the_queries_that_see_it() -> None:
     """A new row of NaN reaches every query that sees it, and no other; a query of NaN, only itself."""
     case = Mla(5, 70, tokens=3)
-    q_latent, q, kv_a, *others = case.inputs
-    (clean,) = run(lambda: [mla_decode(*case.inputs, case.scale)[0]], launches=2)
+    q_latent, q, kv_a, *others = *case.inputs, case.scale, case.v_b
+
+    def by_head(*inputs: Any) -> np.ndarray:
+        """(L, H, V)"""
+        (y,) = run(lambda: [mla_decode(*inputs, *others)[0]], launches=2)
+        return float64(y).reshape(3, 5, -1)
+
+    clean = by_head(q_latent, q, kv_a)
     new = np.array(kv_a)
     new[0, 1] = np.nan
-    (got,) = run(lambda: [mla_decode(q_latent, q, mx.array(new), *others, case.scale)[0]], launches=2)
-    assert np.isnan(float64(got)[:, :, 1:]).all()
-    assert bits(got[:, :, :1]) == bits(clean[:, :, :1])
+    got = by_head(q_latent, q, mx.array(new))
+    assert np.isnan(got[1:]).all()
+    np.testing.assert_array_equal(got[0], clean[0])
     queries = np.array(q_latent)
     queries[0, 2, 1] = np.nan
-    (got,) = run(lambda: [mla_decode(mx.array(queries), q, kv_a, *others, case.scale)[0]], launches=2)
-    assert np.isnan(float64(got)[0, 2, 1]).all()
-    queries_left = np.ones((5, 3), bool)
-    queries_left[2, 1] = False
-    np.testing.assert_array_equal(float64(got)[0][queries_left], float64(clean)[0][queries_left])
+    got = by_head(mx.array(queries), q, kv_a)
+    assert np.isnan(got[1, 2]).all()
+    queries_left = np.ones((3, 5), bool)
+    queries_left[1, 2] = False
+    np.testing.assert_array_equal(got[queries_left], clean[queries_left])
 
 
 def test_rows_are_written_in_place_and_nothing_else_is() -> None:
     case = Mla(4, 37, tokens=2)
     cache = case.inputs[5]
     before = np.array(cache)
-    (_, after) = run(lambda: list(mla_decode(*case.inputs, case.scale)), launches=2)
+    (_, after) = run(lambda: list(mla_decode(*case.inputs, case.scale, case.v_b)), launches=2)
     assert after is cache
     np.testing.assert_array_equal(np.array(after)[:, :35], before[:, :35])
     np.testing.assert_array_equal(np.array(after)[:, 37:], before[:, 37:])

@@ -1,10 +1,10 @@
-"""route's kernel: choices, ties and weights, for every number of experts, against float64."""
+"""How experts_gate_up's kernel chooses experts: choices, ties, weights, against float64."""
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
-from kernels.route import Gating, route
+from kernels.route import Gating
 from parity_tests.kernel_cases import Route, bits, float64, run, verify
 
 EXPERTS = (8, 31, 32, 33, 48, 64, 160, 255, 256)
@@ -47,7 +47,8 @@ def test_no_bias_no_weight_no_scale_is_lost(gating: Gating) -> None:
     for scale in (1e-3, 1.0, 2.5, 16.0):
         verify(Route(64, 4, gating, scale=scale))
     logits = mx.array([[80.0] + [-80.0] * 63, [-200.0] * 63 + [200.0]])
-    experts, weights = run(lambda: route(logits, None, 1, gating, False, 1.0))
+    case = Route(64, 1, gating, normalize=False, tokens=2, scale=1.0)
+    experts, weights = run(lambda: case.call(logits, None))
     assert np.array(experts).tolist() == [[0], [63]]
     assert np.array(weights).tolist() == [[1.0], [1.0]]
 
@@ -61,7 +62,7 @@ def test_a_token_of_nan_shows_and_the_others_do_not_change(gating: Gating, bias:
     clean = run(case.kernel)
     spoilt = np.array(logits)
     spoilt[1] = np.nan
-    experts, weights = run(lambda: route(mx.array(spoilt), b, 4, gating, True, 1.8))
+    experts, weights = run(lambda: case.call(mx.array(spoilt), b))
     assert np.isnan(float64(weights)[1]).all()
     assert np.array(experts)[1].tolist() == [0, 1, 2, 3]
     for got, same in zip((experts, weights), clean, strict=True):

@@ -16,9 +16,9 @@ from parity_tests.msl import BufferTraffic, LaunchReport, executing
 ROWS = 64  # whole threadgroups
 GLM = [
     *(Qmv((kind,), (ROWS,), cols, tokens=8) for kind in KINDS for cols in (2048, 5120)),
-    *(GateUp(kind, 6, 4, ROWS, 2048, kind, ROWS) for kind in KINDS),
+    *(GateUp(kind, 8, 4, ROWS, 2048, kind, ROWS) for kind in KINDS),
     *(Down(kind, 6, 4, 1536, ROWS, kind, 1536) for kind in KINDS),
-    GateUp("Q4_0", 6, 4, ROWS, 2048, "Q5_K", ROWS, tokens=3, dtype=mx.bfloat16),
+    GateUp("Q4_0", 8, 4, ROWS, 2048, "Q5_K", ROWS, tokens=3, dtype=mx.bfloat16),
     Down("Q4_1", 6, 4, 1536, ROWS, "Q6_K", 1536, tokens=3, dtype=mx.bfloat16),
 ]
 NARROW = [
@@ -110,9 +110,9 @@ def check_ratio(budget: str, ratio: float, where: str) -> None:
 RAGGED: list[Qmv | GateUp | Down] = [
     Qmv(("Q4_0", "Q8_0"), (33, 5), 1024),
     Qmv(("F16", "Q4_0"), (9, 21), 96, tokens=2),
-    GateUp("Q4_0", 5, 2, 9, 288, "Q8_0", 5, tokens=2),
-    GateUp("Q4_0", 5, 2, 10, 288, "Q8_0", 16),
-    GateUp("Q8_0", 5, 3, 12, 96, "F16", 17),
+    GateUp("Q4_0", 8, 2, 9, 288, "Q8_0", 5, tokens=2),
+    GateUp("Q4_0", 8, 2, 10, 288, "Q8_0", 16),
+    GateUp("Q8_0", 8, 3, 12, 96, "F16", 17),
     Down("Q4_0", 5, 3, 288, 9, "Q8_0", 576, tokens=2),
 ]
 
@@ -134,5 +134,5 @@ def test_every_quant_is_loaded_once(case: Qmv | GateUp | Down) -> None:
 
 
 def test_gate_and_up_share_one_reading_of_x() -> None:
-    case = GateUp("Q4_0", 6, 2, ROWS, 2048, tokens=2)
+    case = GateUp("Q4_0", 8, 2, ROWS, 2048, tokens=2)
     assert trace(case).buffer("x").read <= 2 * 2 * ROWS * 2048 * 4

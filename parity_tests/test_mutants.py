@@ -12,6 +12,7 @@ import pytest
 
 import glm_mlx.model
 import glm_mlx.packing
+import kernels.experts_gate_up
 import kernels.mla_decode
 import kernels.planes
 import kernels.qmv
@@ -19,7 +20,8 @@ from glm_mlx.cache import LatentCache
 from glm_mlx.config import Config
 from glm_mlx.make_tiny import TinySpec
 from glm_mlx.model import Attention, MoE
-from kernels.planes import Weight, dequantize_ops
+from kernels.planes import dequantize_ops
+from kernels.route import Router
 from parity_tests import compare
 from parity_tests.budgets import BUDGETS, relative_error
 from parity_tests.compare import compare_layers
@@ -94,13 +96,11 @@ def scaled(name: str, factor: float) -> Callable[[Any], None]:
     return scale
 
 
-def route_with_biased_weights(
-    logits: mx.array, bias: mx.array | None, top_k: int, gating: str, normalize: bool, scale: float
-) -> tuple[mx.array, mx.array]:
-    scores = mx.sigmoid(logits) + (0 if bias is None else bias)
-    experts = mx.argsort(-scores, axis=-1)[..., :top_k]
+def route_with_biased_weights(router: Router, logits: mx.array) -> tuple[mx.array, mx.array]:
+    scores = mx.sigmoid(logits) + (0 if router.bias is None else router.bias)
+    experts = mx.argsort(-scores, axis=-1)[..., : router.top_k]
     weights = mx.take_along_axis(scores, experts, axis=-1)
-    return experts, weights / weights.sum(axis=-1, keepdims=True) * scale
+    return experts, weights / weights.sum(axis=-1, keepdims=True) * router.scale
 
 
 def nibbles_in_file_order(blocks: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -148,9 +148,13 @@ def seeing_one_later_row(op: Callable[..., mx.array]) -> Callable[..., mx.array]
     return attend
 
 
-def route(change: Callable[..., tuple[Any, ...]]) -> Plant:
-    """Call the routing op with changed arguments (logits, bias, top_k, gating, normalize, scale)."""
-    return instead(glm_mlx.model, "route", lambda op: lambda *args: op(*change(*args)))
+def route(**changes: Callable[[Router], Any]) -> Plant:
+    """A router with other fields."""
+
+    def change(moe: MoE) -> None:
+        moe.router = replace(moe.router, **{name: value(moe.router) for name, value in changes.items()})
+
+    return after_init(MoE, change)
 
 
 def without_shared_expert(moe: MoE) -> None:
@@ -162,10 +166,7 @@ def swap_gate_and_up(moe: MoE) -> None:
 
 
 def next_expert(op: Any) -> Any:
-    def wrong(x: mx.array, gate: Weight, up: Weight, experts: mx.array, *shared: Any) -> Any:
-        return op(x, gate, up, (experts + 1) % gate.shape[0], *shared)
-
-    return wrong
+    return lambda x, w, experts: op(x, w, (experts + 1) % w.shape[0])
 
 
 def stale_cache(update: Any) -> Any:
@@ -213,22 +214,16 @@ MUTANTS = {
     ),
     "cache rows shifted by one": Mutant(instead(LatentCache, "update", stale_cache), "decode"),
     "selection bias used as weight": Mutant(
-        instead(glm_mlx.model, "route", lambda op: route_with_biased_weights), "layers.1.expert_weights"
+        instead(Router, "__call__", lambda call: route_with_biased_weights), "layers.1.expert_weights"
     ),
-    "selection bias ignored": Mutant(
-        route(lambda logits, bias, *rest: (logits, None, *rest)), "layers.1.expert_weights", TinySpec(seed=3)
-    ),
-    "expert weights not times 1.8": Mutant(route(lambda *args: (*args[:5], 1.0)), "layers.1.expert_weights"),
-    "expert weights times 1.8 twice": Mutant(route(lambda *args: (*args[:5], args[5] ** 2)), "layers.1.expert_weights"),
-    "expert weights not normalised": Mutant(
-        route(lambda *args: (*args[:4], False, args[5])), "layers.1.expert_weights"
-    ),
-    "one expert too few": Mutant(
-        route(lambda logits, bias, k, *rest: (logits, bias, k - 1, *rest)), "layers.1.expert_weights"
-    ),
+    "selection bias ignored": Mutant(route(bias=lambda _: None), "layers.1.expert_weights", TinySpec(seed=3)),
+    "expert weights not times 1.8": Mutant(route(scale=lambda _: 1.0), "layers.1.expert_weights"),
+    "expert weights times 1.8 twice": Mutant(route(scale=lambda r: r.scale**2), "layers.1.expert_weights"),
+    "expert weights not normalised": Mutant(route(normalize=lambda _: False), "layers.1.expert_weights"),
+    "one expert too few": Mutant(route(top_k=lambda r: r.top_k - 1), "layers.1.expert_weights"),
     "softmax gating read as sigmoid": Mutant(change_config(gating="sigmoid"), "layers.1.expert_weights", LITE),
     "each choice runs the next expert": Mutant(
-        instead(glm_mlx.model, "experts_gate_up", next_expert), "layers.1.ffn_out"
+        instead(kernels.experts_gate_up, "gather_qmv_ops", next_expert), "layers.1.ffn_out"
     ),
     "gate and up swapped": Mutant(after_init(MoE, swap_gate_and_up), "layers.1.ffn_out"),
     "no shared expert": Mutant(after_init(MoE, without_shared_expert), "layers.1.ffn_out"),

@@ -7,7 +7,7 @@ import pytest
 from kernels.experts_down import experts_down_ops
 from kernels.experts_gate_up import experts_gate_up_ops
 from kernels.mla_decode import attend_ops
-from kernels.route import Gating, route_ops
+from kernels.route import Gating, Router
 from parity_tests.budgets import check
 from parity_tests.test_quants import weight
 
@@ -56,7 +56,8 @@ def test_routing_agrees_with_a_plain_loop(gating: Gating, with_bias: bool, norma
     rng = np.random.default_rng(0)
     logits = rng.standard_normal((50, 64)).astype(np.float32)
     bias = (9.03 + 0.3 * rng.standard_normal(64)).astype(np.float32) if with_bias else None
-    experts, weights = route_ops(mx.array(logits), None if bias is None else mx.array(bias), 4, gating, normalize, 1.8)
+    router = Router(None if bias is None else mx.array(bias), 4, gating, normalize, 1.8)
+    experts, weights = router(mx.array(logits))
     for row, got_experts, got_weights in zip(logits, np.array(experts), np.array(weights), strict=True):
         want_experts, want_weights = route_by_hand(row.astype(np.float64), bias, 4, gating, normalize, 1.8)
         assert list(got_experts) == list(want_experts)
@@ -65,10 +66,10 @@ def test_routing_agrees_with_a_plain_loop(gating: Gating, with_bias: bool, norma
 
 @pytest.mark.parametrize("experts", [8, 48, 64, 160])
 def test_exact_ties_go_to_the_lower_expert(experts: int) -> None:
-    equal, _ = route_ops(mx.zeros((3, experts)), None, 4, "sigmoid", True, 1.0)
+    equal, _ = Router(None, 4, "sigmoid", True, 1.0)(mx.zeros((3, experts)))
     assert np.array(equal).tolist() == [[0, 1, 2, 3]] * 3
     pairs = mx.array(np.repeat(np.arange(experts // 2), 2).astype(np.float32))[None]
-    chosen, _ = route_ops(pairs, None, 3, "softmax", True, 1.0)
+    chosen, _ = Router(None, 3, "softmax", True, 1.0)(pairs)
     assert np.array(chosen).tolist() == [[experts - 2, experts - 1, experts - 4]]
 
 
@@ -84,6 +85,8 @@ def test_experts_agree_with_float64(tokens: int, shared: bool) -> None:
     x = rng.standard_normal((tokens, 256)).astype(np.float32)
     experts = np.stack([rng.permutation(7)[:3] for _ in range(tokens)])
     weights = rng.random((tokens, 3)).astype(np.float32)
+    logits = np.zeros((tokens, 7), np.float32)
+    np.put_along_axis(logits, experts, np.array([[3, 2, 1]], np.float32), axis=1)
 
     def swiglu(g: np.ndarray, u: np.ndarray) -> np.ndarray:
         return g / (1 + np.exp(-g)) * u
@@ -95,6 +98,9 @@ def test_experts_agree_with_float64(tokens: int, shared: bool) -> None:
         if shared:
             want[t] += parts[2][1] @ swiglu(parts[0][1] @ x[t], parts[1][1] @ x[t])
     w_gate, w_up, w_down = (part[0] if shared else None for part in parts)
-    hidden, shared_hidden = experts_gate_up_ops(mx.array(x), gate, up, mx.array(experts), w_gate, w_up)
-    got = experts_down_ops(hidden, shared_hidden, down, w_down, mx.array(experts), mx.array(weights), None)
+    router = Router(None, 3, "sigmoid", True, 1.0)
+    hidden, shared_hidden, chosen, _ = experts_gate_up_ops(
+        mx.array(x), mx.array(logits), router, gate, up, w_gate, w_up
+    )
+    got = experts_down_ops(hidden, shared_hidden, down, w_down, chosen, mx.array(weights), None)
     check("matmul", np.array(got), want, "experts")

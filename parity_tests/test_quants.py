@@ -9,8 +9,9 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from glm_mlx.make_tiny import random_blocks
 from glm_mlx.packing import CHUNK_VALUES, pack, packed_nbytes
 from glm_mlx.weights import EXPANDED_TYPES
+from kernels.embed import embed_ops
 from kernels.planes import IQ4_NL_VALUES, QUANT_TYPES, QuantizedTensor, Weight, dequantize_ops, unpack_quants
-from kernels.qmv import embed_ops, gather_qmv_ops, head_qmv_ops, qmv_ops
+from kernels.qmv import gather_qmv_ops, head_qmv_ops, qmv_ops
 from parity_tests.budgets import check
 from parity_tests.compare import Array, to_numpy
 
@@ -132,7 +133,7 @@ def test_gathered_matmul_takes_each_tokens_own_experts(kind: str, shared_x: bool
 def test_embedding_rows_are_the_weights_own(kind: str) -> None:
     w, values = weight(kind, (50, 256))
     ids = np.array([[0, 49, 7], [7, 7, 3]])
-    check("embed", np.array(embed_ops(w, mx.array(ids))), values[ids].astype(np.float32), kind)
+    check("embed", np.array(embed_ops(w, mx.array(ids), mx.float32)), values[ids].astype(np.float32), kind)
 
 
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])

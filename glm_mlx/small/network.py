@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from glm_mlx.make_tiny import TinySpec
-from kernels.route import route_ops
+from kernels.route import Router
 
 Params = dict[str, mx.array]
 EPS = 1e-5
@@ -163,7 +163,7 @@ def _moe(spec: TinySpec, w: Mapping[str, mx.array], bias: mx.array, x: mx.array)
     shape, x = x.shape, x.reshape(-1, x.shape[-1])  # (T, D)
     logits = x.astype(mx.float32) @ w["mlp.gate"].astype(mx.float32).T
     scores = mx.sigmoid(logits)
-    experts, _ = route_ops(mx.stop_gradient(logits), bias, spec.num_experts_per_tok, "sigmoid", True, SCALING)
+    experts, _ = Router(bias, spec.num_experts_per_tok, "sigmoid", True, SCALING)(mx.stop_gradient(logits))
     chosen = (experts[..., None] == mx.arange(spec.num_experts)).any(axis=1)  # (T, E)
     table = mx.where(chosen, scores, 0)
     table = table / (table.sum(axis=-1, keepdims=True) + 1e-20) * SCALING
