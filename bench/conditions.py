@@ -7,7 +7,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,7 +19,11 @@ from rich.filesize import decimal
 
 from bench import gpu_time
 from bench.timing import summarize
+from glm_mlx.model import Model
+from glm_mlx.model_cases import decode_cases
 from glm_mlx.weights import available_memory
+from kernels import launcher
+from kernels.check import check
 
 ROOT = Path(__file__).resolve().parents[1]
 COPIES = (4, 16)  # of each buffer in one go; the difference between the two is free of the time to start and to wait
@@ -94,6 +98,7 @@ def conditions() -> dict[str, Any]:
         "numpy": version("numpy"),
         "glm_mlx": _own_version(),
         "commit": commit(),
+        "clean": is_clean(),
         "source_sha256": source_hash(),
         "mlx_environment": {key: value for key, value in os.environ.items() if key.startswith("MLX_")},
         "copy": copy_bandwidth(),
@@ -164,12 +169,54 @@ def copy_bandwidth() -> dict[str, Any]:
     }
 
 
+def parity(model: Model) -> dict[str, Any]:
+    """Whether the kernels that a decoded token launches agree with their twins, on this device and now.
+
+    {"path", "checked" calls, "agree", "differ": [{"call", "error"}]}. On a device without kernels nothing is checked:
+    path is "twins", agree None.
+    """
+    cases = [case for case in decode_cases(model) if case.has_kernel] if has_kernels() else []
+    differ = []
+    for case in cases:
+        if error := check(case, timed=False).summary:
+            differ.append({"call": f"{case.op}: {case.variant}, {case.shapes}, {case.dtype}", "error": error})
+        mx.clear_cache()  # of what the twin expanded
+    return parity_state(len(cases), differ)
+
+
+def parity_state(checked: int, differ: Sequence[Mapping[str, str]]) -> dict[str, Any]:
+    """What `parity` returns, for calls that were checked elsewhere."""
+    return {
+        "path": "kernels" if has_kernels() else "twins",
+        "checked": checked,
+        "agree": not differ if checked else None,
+        "differ": [*differ],
+    }
+
+
+def describe_parity(found: dict[str, Any]) -> str:
+    """The same in a line for a person."""
+    if found["path"] == "twins":
+        return "parity: this device launches no kernels; their twins, which define what is right, are the path"
+    agree = f"{found['checked'] - len(found['differ'])} of {found['checked']} calls of kernels agree with their twins"
+    first = "".join(f"; {one['call']}: {one['error']}" for one in found["differ"][:1])
+    return f"parity: {agree}{first}" + ("; THESE ARE SPEEDS OF A WRONG RESULT" if found["differ"] else "")
+
+
+def has_kernels() -> bool:
+    return any(launcher.back_end(op) is not None for op in launcher.OPS)
+
+
 def commit() -> str | None:
-    """The short hash of the checkout, "+" if tracked files differ from it; None outside of git."""
+    """The short hash of the checkout, "+" if it is not clean; None outside of git."""
     short = _output("git", "-C", str(ROOT), "rev-parse", "--short=10", "HEAD")
-    if short is None:
-        return None
-    return short + ("+" if _output("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no") else "")
+    return short and short + ("" if is_clean() else "+")
+
+
+def is_clean() -> bool | None:
+    """Whether all tracked files are as committed; None outside of git."""
+    changed = _output("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no")
+    return None if changed is None else not changed
 
 
 def source_hash() -> str:
@@ -201,6 +248,9 @@ def _own_version() -> str | None:
 
 
 def _power_source() -> str | None:
+    if sys.platform == "darwin":  # a Mac without a battery has a source too
+        words = (_output("pmset", "-g", "ps") or "").split("'")
+        return {"AC Power": "AC power", "Battery Power": "battery"}.get(words[1], words[1]) if len(words) > 1 else None
     battery = psutil.sensors_battery() if hasattr(psutil, "sensors_battery") else None
     if battery is None or battery.power_plugged is None:
         return None

@@ -15,8 +15,7 @@ prompt up to 4,096 tokens (512 on a CPU) and random rows in the cache beyond, wh
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import takewhile
 from pathlib import Path
@@ -29,23 +28,18 @@ import numpy as np
 from rich.filesize import decimal
 
 from bench import script, synthetic
-from bench.conditions import back_end, conditions, describe
+from bench.conditions import back_end, conditions, describe, describe_parity, parity
 from bench.launches import decode_step, launches
-from bench.subject import Subject, add_arguments, open_subject
+from bench.subject import PATHS, Subject, add_arguments, add_paths, open_subject, usable_depths, usable_paths
 from bench.timing import summarize
 from glm_mlx.engine import Engine
-from glm_mlx.errors import InputError
-from glm_mlx.gguf import shown
 from glm_mlx.model import Model, decode_bytes
 from glm_mlx.sampling import SamplingParams
-from kernels import launcher
 
-DEPTHS = (0, 512, 4096, 16_384, 32_768, 65_536, 131_072)
 WARM_UP = 5  # tokens
-PATHS: dict[str, Callable[[], AbstractContextManager[None]]] = {"kernels": nullcontext, "twins": launcher.avoiding}
 COLUMNS = (
     "depth", "path", "context\nby", "first\ntoken s", "prefill\ntok/s", "warm-up\nms", "decode\nms", "p10-p90\nms",
-    "decode\ntok/s", "read a\ntoken", "\nGB/s", "of\ncopy", "peak\nmemory",
+    "IQR\nms", "MAD\nms", "\ncount", "decode\ntok/s", "read a\ntoken", "\nGB/s", "of\ncopy", "peak\nmemory",
 )  # fmt: skip
 
 
@@ -71,13 +65,11 @@ class Run:
 def main(argv: list[str] | None = None) -> int:
     args = _arguments(argv)
     path = script.results_file("decode", args.json)
-    paths = args.paths or ["kernels" if _has_kernels() else "twins"]
-    if "kernels" in paths and not _has_kernels():
-        raise InputError("this device launches no kernels; leave --paths out")
+    paths = usable_paths(args.paths)
     subject = open_subject(args)
     tokens = WARM_UP + args.count + 2  # the first comes from the prompt, beside the last no next one is computed
     depths, notes = usable_depths(subject, args.depths, tokens)
-    found = conditions()
+    found, parity_found = conditions(), parity(subject.model)
 
     runs: list[Run] = []
     counted: dict[str, dict[str, int]] = {}
@@ -97,10 +89,11 @@ def main(argv: list[str] | None = None) -> int:
     if interrupted:
         notes.append("interrupted: this is what was measured until then")
     rows = list(_rows(subject, runs, found["copy"]["gb_s"]))
-    _print(subject, found, args, counted, rows, notes)
+    _print(subject, [*describe(found), describe_parity(parity_found)], args, counted, rows, notes)
     report = {
         "script": "decode",
         "conditions": found,
+        "parity": parity_found,
         "model": subject.as_dict(),
         "rounds": args.rounds,
         "warm_up_tokens": WARM_UP,
@@ -121,36 +114,8 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--fill", choices=("prefill", "random"), help="where the context comes from")
     parser.add_argument("--count", "-n", type=script.whole(1), default=30, help="tokens a round (default 30)")
     parser.add_argument("--rounds", type=script.whole(1), default=3, help="of every depth (default 3)")
-    parser.add_argument(
-        "--paths", type=script.listed(script.choice(*PATHS)), metavar="PATH[,PATH]",
-        help="kernels, twins, or both in turns (default: kernels where the device launches them)",
-    )  # fmt: skip
+    add_paths(parser)
     return parser.parse_args(argv)
-
-
-def _has_kernels() -> bool:
-    return any(launcher.back_end(op) is not None for op in launcher.OPS)
-
-
-def usable_depths(subject: Subject, given: Sequence[int] | None, tokens: int) -> tuple[list[int], list[str]]:
-    """The depths to measure, and why others are left out. Raises InputError for a given one that can't be."""
-    cfg = subject.config
-    per_row = cfg.num_layers * cfg.cache_dim * subject.model.dtype.size
-    by_context = cfg.context_length - tokens
-    by_memory = int(subject.room / 1.1 / per_row) - tokens
-    wanted = sorted(set(given or DEPTHS))
-    depths = [depth for depth in wanted if max(depth, 1) <= min(by_context, by_memory)]
-    if depths == wanted:
-        return depths, []
-    why = (
-        f"the model's context ends at {cfg.context_length:,}"
-        if by_context <= by_memory
-        else f"{decimal(subject.room)} of memory are left for a cache of {decimal(per_row)} a token"
-    )
-    left_out = f"depth {wanted[len(depths)]:,} and more: {why}"
-    if given is not None or not depths:
-        raise InputError(f"cannot measure {left_out}; give less with --depths or --count")
-    return depths, [f"not measured: {left_out}"]
 
 
 def fill_of(depth: int, given: str | None) -> str:
@@ -245,18 +210,16 @@ def _summary(samples: list[float]) -> dict[str, float] | None:
 
 def _print(
     subject: Subject,
-    found: dict[str, Any],
+    conditions_found: Sequence[str],
     args: argparse.Namespace,
     counted: Mapping[str, Mapping[str, int]],
     rows: Sequence[dict[str, Any]],
     notes: Sequence[str],
 ) -> None:
-    cfg = subject.config
-    fixed, per_row = decode_bytes(cfg, subject.weights, subject.model.dtype)
+    fixed, per_row = decode_bytes(subject.config, subject.weights, subject.model.dtype)
     lines = [
-        f"{shown(subject.name)}: {cfg.num_layers} layers, {decimal(subject.nbytes)} of weights ({subject.mix}), "
-        f"activations {script.dtype_name(subject.model.dtype)}",
-        *describe(found),
+        subject.describe(),
+        *conditions_found,
         f"a token reads {decimal(fixed)} of weights and {decimal(per_row)} for each token before it; greedy, "
         f"{args.rounds} rounds of {args.count} tokens after {WARM_UP} of warm-up",
         *(
@@ -277,6 +240,9 @@ def _print(
             f"{1e3 * warm[0]:.1f} .. {1e3 * warm[-1]:.1f}",
             f"{1e3 * decode['median']:.2f}",
             f"{1e3 * decode['p10']:.2f}-{1e3 * decode['p90']:.2f}",
+            f"{1e3 * decode['iqr']:.2f}",
+            f"{1e3 * decode['mad']:.2f}",
+            f"{decode['count']}",
             f"{1 / decode['median']:.1f}",
             decimal(round(row["bytes_a_token"])),
             f"{row['gb_s']['median']:.3g}",

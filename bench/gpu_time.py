@@ -1,4 +1,4 @@
-"""The time that an NVIDIA GPU itself spent in kernels, from CUPTI through PyTorch's profiler, where that is installed.
+"""What an NVIDIA GPU did and for how long, from CUPTI through PyTorch's profiler, where that is installed.
 
 MLX offers no such figure for CUDA, and the clock on the wall shows the host where launches are short and it is slow.
 """
@@ -6,8 +6,34 @@ MLX offers no such figure for CUDA, and the clock on the wall shows the host whe
 import importlib.util
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import mlx.core as mx
+
+# Calls of CUDA that hand work to the GPU, as CUPTI names them; MLX collects its launches in graphs.
+COMMITS = ("cudaGraphLaunch", "cuGraphLaunch")
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel, or a copy, that ran on the GPU. Seconds; `start` since some moment."""
+
+    name: str
+    start: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """kernels: in the order of their start. commits: how often the host handed over a graph of them."""
+
+    kernels: list[Kernel]
+    commits: int
+
+    @property
+    def busy_seconds(self) -> float:
+        """The sum over all kernels, launched in a graph or not."""
+        return sum(kernel.seconds for kernel in self.kernels)
 
 
 def available() -> bool:
@@ -16,11 +42,8 @@ def available() -> bool:
     return importlib.util.find_spec("torch") is not None
 
 
-def busy_seconds(work: Callable[[], object]) -> float:
-    """The sum over all kernels that `work` ran on the GPU, launched in a graph or not.
-
-    `work` must have run before, so that nothing is compiled.
-    """
+def record(work: Callable[[], object]) -> Timeline:
+    """What `work` ran on the GPU. It must have run before, so that nothing is compiled."""
     from torch.profiler import ProfilerActivity, profile
 
     mx.synchronize()
@@ -29,4 +52,16 @@ def busy_seconds(work: Callable[[], object]) -> float:
         with profile(activities=[ProfilerActivity.CUDA]) as found:
             work()
             mx.synchronize()
-        return sum(event.device_time for event in found.events()) * 1e-6
+        events = list(found.events())
+    kernels = [
+        Kernel(event.name, 1e-6 * event.time_range.start, 1e-6 * event.device_time)
+        for event in events
+        if str(event.device_type).endswith("CUDA") and event.device_time > 0
+    ]
+    commits = sum(event.name.startswith(COMMITS) for event in events)
+    return Timeline(sorted(kernels, key=lambda kernel: kernel.start), commits)
+
+
+def busy_seconds(work: Callable[[], object]) -> float:
+    """For how long the GPU was busy with what `work` ran there, as `record`."""
+    return record(work).busy_seconds

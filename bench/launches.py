@@ -30,7 +30,7 @@ def decode_step(model: Model) -> Counter[str]:
     mx.eval(model.hidden_states(mx.zeros((1, 2), mx.int32), cache))
     mx.eval([rows for rows in cache.rows if rows is not None])
     if mx.default_device() == mx.Device(mx.gpu):  # as the engine does
-        logits, _ = model.step(token, mx.array([cache.offset], mx.int32), cache.reserve(1))
+        logits, _ = mx.compile(model.step)(token, mx.array([cache.offset], mx.int32), cache.reserve(1))
     else:
         logits = model.logits(model.hidden_states(token, cache))[:, 0]
     return primitives(Sampler(SamplingParams(temperature=0), model.cfg.vocab_size, [[]])(logits).token)

@@ -21,7 +21,7 @@ if __name__ == "__main__":  # the repository instead of this folder, whose names
 import mlx.core as mx
 
 from bench import gpu_time, op_cases, script
-from bench.conditions import back_end, conditions, describe
+from bench.conditions import back_end, conditions, describe, describe_parity, parity_state
 from bench.op_cases import OPS, WITHOUT_QUANT
 from bench.op_timing import LAUNCHES, Link, Row, measure
 from bench.timing import summarize
@@ -30,8 +30,8 @@ from kernels.planes import QUANT_TYPES
 
 DTYPES = {script.dtype_name(dtype): dtype for dtype in (mx.float32, mx.bfloat16, mx.float16)}
 COLUMNS = (
-    "shape", "type", "by", "first\nms", "chain\nµs", "p10-p90\nµs", "GPU\nµs", "\nGB/s", "of\ncopy", "\nGFLOP/s",
-    "against\ntwin", "independent\nµs",
+    "shape", "type", "by", "first\nms", "chain\nµs", "p10-p90\nµs", "IQR\nµs", "MAD\nµs", "\ncount", "GPU\nµs",
+    "\nGB/s", "of\ncopy", "\nGFLOP/s", "against\ntwin", "independent\nµs",
 )  # fmt: skip
 
 
@@ -69,8 +69,11 @@ def main(argv: list[str] | None = None) -> int:
         interrupted = True
 
     rows = [row for row in rows if row.chain or row.problem]
+    kernels = [row for row in rows if row.by == "kernel"]
+    parity = parity_state(len(kernels), [{"call": _name(row), "error": row.problem} for row in kernels if row.problem])
     lines = [
         *describe(found),
+        describe_parity(parity),
         f"activations {', '.join(script.dtype_name(d) for d in tiny)}; a tiny launch that waits for "
         f"another: {', '.join(f'{1e6 * t:.1f}' for t in tiny.values())} µs; medians of up to {rounds} rounds",
     ]
@@ -78,6 +81,7 @@ def main(argv: list[str] | None = None) -> int:
     report = {
         "script": "ops_speed",
         "conditions": found,
+        "parity": parity,
         "sizes": vars(sizes),
         "dtype": script.dtype_name(dtype),
         "rounds": rounds,
@@ -102,7 +106,7 @@ def _print(lines: list[str], rows: list[Row], copy_gb_s: float, notes: list[str]
         last = case
         if row.problem:
             tables[-1].add_row(*name, row.by)
-            notes.append(f"{case.op}, {case.what}, {case.quant}, by {row.by}: {row.problem}")
+            notes.append(f"{_name(row)}, by {row.by}: {row.problem}")
             continue
         chain, independent = summarize(row.chain), summarize(row.independent)
         each = _launch_seconds(row)
@@ -113,6 +117,9 @@ def _print(lines: list[str], rows: list[Row], copy_gb_s: float, notes: list[str]
             f"{1e3 * (row.first or 0):.1f}",
             f"{1e6 * chain.median:.2f}",
             f"{1e6 * chain.p10:.2f}-{1e6 * chain.p90:.2f}",
+            f"{1e6 * chain.iqr:.2f}",
+            f"{1e6 * chain.mad:.2f}",
+            f"{chain.count}",
             f"{1e6 * each:.2f}" if row.gpu else "-",
             f"{gb_s:.1f}",
             f"{gb_s / copy_gb_s:.1%}",
@@ -121,6 +128,10 @@ def _print(lines: list[str], rows: list[Row], copy_gb_s: float, notes: list[str]
             f"{1e6 * independent.median:.2f}",
         )
     script.show(lines, tables, notes)
+
+
+def _name(row: Row) -> str:
+    return f"{row.case.op}, {row.case.what}, {row.case.quant}"
 
 
 def _launch_seconds(row: Row) -> float:

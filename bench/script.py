@@ -1,4 +1,4 @@
-"""What the scripts of this folder share: arguments, tables, JSON files, and errors of one line."""
+"""What the scripts of this folder share: arguments, tables and JSON files."""
 
 import argparse
 import json
@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import mlx.core as mx
 from rich import box
@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
+from glm_mlx import command
 from glm_mlx.errors import InputError
 from glm_mlx.gguf import shown
 
@@ -23,18 +24,10 @@ WIDE = Console(width=1000).options
 NOTES = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
 
 
-class Parser(argparse.ArgumentParser):
-    """Complains in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        print(f"error: {message}; see -h", file=sys.stderr)
-        sys.exit(2)
-
-
-def parser(name: str, doc: str | None) -> Parser:
+def parser(name: str, doc: str | None) -> command.Parser:
     """`doc`: the script's own, whose first line says what it does and whose rest is shown below the options."""
     summary, _, rest = (doc or "").partition("\n")
-    made = Parser(
+    made = command.Parser(
         prog=f"python bench/{name}.py",
         description=summary,
         epilog=rest,
@@ -123,29 +116,20 @@ def show(lines: Sequence[str], tables: Sequence[Table], notes: Sequence[str] = (
 
 
 def run(work: Callable[[], int]) -> int:
-    """The exit code of a script: 0 done, 2 for what can't be used or done, 130 for Ctrl-C. No traceback for a user."""
-    try:
-        return work()
-    except InputError as error:
-        return _error(str(error))
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # the reader of a pipe has enough; a second complaint at exit must not follow
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        return _error(f"out of memory: {error}; measure less deep contexts, or fewer layers")
+    """`glm_mlx.command.run`, with what helps a benchmark that runs out of memory."""
+
+    def measured() -> int:
+        try:
+            return work()
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise InputError(f"out of memory: {error}; measure less deep contexts, or fewer layers") from None
+
+    return command.run(measured)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and any(words in str(error) for words in ("allocate", "out of memory"))
     )
-
-
-def _error(line: str) -> int:
-    print(f"error: {line}", file=sys.stderr)
-    return 2

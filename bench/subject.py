@@ -1,21 +1,31 @@
-"""The model that a script measures: the small one, a file, or one of real shapes with random weights."""
+"""The model that a script measures: the small one, a file, or one of real shapes with random weights. And by what path,
+and in what depths of context.
+"""
 
 import argparse
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+from rich.filesize import decimal
+
 from bench import script, synthetic
+from bench.conditions import has_kernels
 from glm_mlx.config import Config
 from glm_mlx.errors import InputError
-from glm_mlx.gguf import GGUFFile
+from glm_mlx.gguf import GGUFFile, shown
 from glm_mlx.hub import resolve
 from glm_mlx.load import load_model
 from glm_mlx.model import Model
 from glm_mlx.small import SMALL_MODEL
 from glm_mlx.weights import available_memory
+from kernels import launcher
 from kernels.planes import Weight
+
+DEPTHS = (0, 512, 4096, 16_384, 32_768, 65_536, 131_072)
+PATHS: dict[str, Callable[[], AbstractContextManager[None]]] = {"kernels": nullcontext, "twins": launcher.avoiding}
 
 
 @dataclass(frozen=True)
@@ -33,6 +43,12 @@ class Subject:
     @property
     def nbytes(self) -> int:
         return sum(weight.nbytes for weight in self.weights.values())
+
+    def describe(self) -> str:
+        return (
+            f"{shown(self.name)}: {self.config.num_layers} layers, {decimal(self.nbytes)} of weights ({self.mix}), "
+            f"activations {script.dtype_name(self.model.dtype)}"
+        )
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -57,6 +73,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--mix", choices=synthetic.MIXES, default="q4_0",
         help=f"the file whose types random weights have: {', '.join(synthetic.MIXES)} (default q4_0)",
     )  # fmt: skip
+
+
+def add_paths(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--paths", type=script.listed(script.choice(*PATHS)), metavar="PATH[,PATH]",
+        help="kernels, twins, or both in turns (default: kernels where the device launches them)",
+    )  # fmt: skip
+
+
+def usable_paths(given: list[str] | None) -> list[str]:
+    """Raises InputError for kernels where there are none."""
+    if given and "kernels" in given and not has_kernels():
+        raise InputError("this device launches no kernels; leave --paths out")
+    return given or ["kernels" if has_kernels() else "twins"]
+
+
+def usable_depths(
+    subject: Subject, given: Sequence[int] | None, tokens: int, usual: Sequence[int] = DEPTHS
+) -> tuple[list[int], list[str]]:
+    """The depths to measure, and why others are left out. Raises InputError for a given one that can't be."""
+    cfg = subject.config
+    per_row = cfg.num_layers * cfg.cache_dim * subject.model.dtype.size
+    by_context = cfg.context_length - tokens
+    by_memory = int(subject.room / 1.1 / per_row) - tokens
+    wanted = sorted(set(given or usual))
+    depths = [depth for depth in wanted if max(depth, 1) <= min(by_context, by_memory)]
+    if depths == wanted:
+        return depths, []
+    why = (
+        f"the model's context ends at {cfg.context_length:,}"
+        if by_context <= by_memory
+        else f"{decimal(subject.room)} of memory are left for a cache of {decimal(per_row)} a token"
+    )
+    left_out = f"depth {wanted[len(depths)]:,} and more: {why}"
+    if given is not None or not depths:
+        raise InputError(f"cannot measure {left_out}; give less depth, or a smaller --count")
+    return depths, [f"not measured: {left_out}"]
 
 
 def open_subject(args: argparse.Namespace) -> Subject:

@@ -14,7 +14,10 @@ from bench import conditions, decode, launches, op_cases, ops_speed, script, sub
 from glm_mlx.cache import LatentCache
 from glm_mlx.errors import InputError
 from glm_mlx.model import Model
+from glm_mlx.model_cases import decode_cases
 from kernels import launcher
+from kernels.cases import Case
+from kernels.check import Result
 
 # import-linter keeps tests and benchmarks from importing one another.
 ROOT = Path(__file__).parents[1]
@@ -58,7 +61,8 @@ def test_three_tokens_of_the_small_model(tmp_path: Path) -> None:
     assert [run["positions"][0] for run in report["runs"]] == [2, 41, 2, 41]
     assert report["rows"][1]["decode_seconds"]["count"] == 6
     assert report["rows"][1]["prefill_tok_s"]["count"] == 2
-    for key in ("chip", "os", "mlx", "commit", "copy", "memory_bytes", "source_sha256", "power_source"):
+    assert report["parity"]["path"] == "twins"
+    for key in ("chip", "os", "mlx", "commit", "clean", "copy", "memory_bytes", "source_sha256", "power_source"):
         assert key in report["conditions"]
     model = report["model"]
     assert model["name"] == "small.gguf"
@@ -158,7 +162,7 @@ def test_ctrl_c_in_the_ops_keeps_what_was_measured(tmp_path: Path, monkeypatch: 
 def test_paths_take_turns_and_twins_avoid_the_kernels(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(decode, "_has_kernels", lambda: True)
+    monkeypatch.setattr(subject, "has_kernels", lambda: True)
     measure, order = decode.measure, []
 
     def watched(model: Any, run: Any, tokens: int) -> None:
@@ -232,6 +236,24 @@ def test_bad_options_are_one_line(arguments: list[str], message: str, capsys: py
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize("words", ["[malloc] Unable to allocate 9 bytes.", "cudaMalloc failed: out of memory"])
+def test_too_little_memory_is_one_line(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def full() -> int:
+        raise RuntimeError(words)
+
+    assert script.run(full) == 2
+    expected = f"error: out of memory: {words}; measure less deep contexts, or fewer layers\n"
+    assert capsys.readouterr().err == expected
+
+
+def test_other_faults_are_not_hidden() -> None:
+    def wrong() -> int:
+        raise RuntimeError("a fault of the program")
+
+    with pytest.raises(RuntimeError, match="a fault"):
+        script.run(wrong)
+
+
 def test_k_stands_for_1024() -> None:
     assert script.listed(script.whole(0))("0,512,4k,128K") == [0, 512, 4096, 131072]
 
@@ -239,12 +261,12 @@ def test_k_stands_for_1024() -> None:
 def test_a_cache_that_memory_has_no_room_for_is_refused() -> None:
     small = subject.open_subject(Namespace(model=None, synthetic=None, layers=None, mix="q4_0"))
     tight = type(small)(**{**vars(small), "room": 6 * 160 * 4 * 2000})
-    depths, notes = decode.usable_depths(tight, None, 37)
+    depths, notes = subject.usable_depths(tight, None, 37)
     assert depths == [0, 512]
-    assert "the model's context ends at" in decode.usable_depths(small, None, 37)[1][0]
+    assert "the model's context ends at" in subject.usable_depths(small, None, 37)[1][0]
     assert len(notes) == 1
     with pytest.raises(InputError, match=r"cannot measure depth 1,900 and more: .* of memory are left for a cache"):
-        decode.usable_depths(tight, [0, 1900], 37)
+        subject.usable_depths(tight, [0, 1900], 37)
 
 
 def test_paths_that_give_other_tokens_are_told(capsys: pytest.CaptureFixture[str]) -> None:
@@ -267,6 +289,72 @@ def test_primitives_of_a_graph_are_counted() -> None:
     found = launches.primitives(y)
     assert found == {"Matmul": 1, "Add": 1, "Reshape": 1, "Broadcast": 1}
     assert launches.launches(found) == 2
+
+
+def test_parity_is_that_of_the_kernels_here_and_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each call of a decoded token that has a kernel is checked once; one that differs is named."""
+    model = subject.open_subject(Namespace(model=None, synthetic=None, layers=None, mix="q4_0")).model
+    nothing = conditions.parity(model)
+    assert nothing == {"path": "twins", "checked": 0, "agree": None, "differ": []}
+    assert "their twins, which define what is right, are the path" in conditions.describe_parity(nothing)
+
+    asked: list[Case] = []
+
+    def checked(case: Case, timed: bool) -> Result:
+        asked.append(case)
+        return Result(True, case.op in fine, None if case.op in fine else "5 values differ")
+
+    monkeypatch.setattr(conditions, "has_kernels", lambda: True)
+    monkeypatch.setattr(conditions, "check", checked)
+    fine = set(launcher.OPS)
+    found = conditions.parity(model)
+    assert (found["path"], found["agree"], found["differ"]) == ("kernels", True, [])
+    assert found["checked"] == len(asked) == len([case for case in decode_cases(model) if case.has_kernel]) > 8
+    assert (
+        conditions.describe_parity(found)
+        == f"parity: {len(asked)} of {len(asked)} calls of kernels agree with their twins"
+    )
+
+    fine.remove("experts_down")
+    found = conditions.parity(model)
+    assert found["agree"] is False
+    assert [one["error"] for one in found["differ"]] == ["5 values differ"]
+    assert found["differ"][0]["call"].startswith("experts_down: 2 x Q4_0, 16x256x96")
+    assert "experts_down" in conditions.describe_parity(found)
+    assert "WRONG RESULT" in conditions.describe_parity(found)
+
+
+def test_a_wrong_kernel_is_the_parity_state_of_the_ops(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conditions, "has_kernels", lambda: True)
+    wrong = conditions.parity_state(3, [{"call": "qmv, o", "error": "wrong result, off by 0.1"}])
+    assert (wrong["agree"], wrong["checked"]) == (False, 3)
+    assert "2 of 3 calls of kernels agree with their twins; qmv, o: wrong result" in conditions.describe_parity(wrong)
+
+
+def test_a_commit_says_whether_the_files_are_those_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    status = {"rev-parse": "0123456789", "status": " M kernels/qmv.py"}
+    monkeypatch.setattr(conditions, "_output", lambda *command: status[command[3]])
+    assert (conditions.commit(), conditions.is_clean()) == ("0123456789+", False)
+    status["status"] = ""
+    assert (conditions.commit(), conditions.is_clean()) == ("0123456789", True)
+    monkeypatch.setattr(conditions, "_output", lambda *command: None)
+    assert (conditions.commit(), conditions.is_clean()) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("shown", "source"),
+    [
+        ("Now drawing from 'AC Power'", "AC power"),
+        ("Now drawing from 'Battery Power'\n -InternalBattery-0", "battery"),
+        ("Now drawing from 'UPS Power'", "UPS Power"),
+        ("nothing", None),
+        (None, None),
+    ],
+)
+def test_a_mac_tells_its_power_source(shown: str | None, source: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(conditions, "_output", lambda *command: shown)
+    assert conditions._power_source() == source
 
 
 def test_conditions_can_be_written_and_read(quick: None) -> None:
