@@ -28,15 +28,14 @@ if __name__ == "__main__":  # the repository instead of this folder, whose names
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import mlx.core as mx
-from rich.filesize import decimal
 from rich.markup import escape
 
 from bench import decode, plot, script
-from bench.conditions import conditions, describe
+from bench.conditions import conditions, describe, describe_parity, parity
 from bench.contest import OURS, WARM_UP, Contestant, Ours, Turn, UnavailableError
 from bench.llama_bench import LlamaBench
 from bench.mlx_lm_peer import MlxLm
-from bench.subject import Subject, add_arguments, open_subject
+from bench.subject import Subject, add_arguments, open_subject, usable_depths
 from bench.timing import summarize
 from glm_mlx.errors import InputError
 from glm_mlx.gguf import shown
@@ -45,7 +44,7 @@ from glm_mlx.small import SMALL_MODEL
 
 COLUMNS = (
     "depth", "by", "context\nby", "first\ntoken s", "prefill\ntok/s", "\nratio", "warm-up\nms", "decode\nms",
-    "p10-p90\nms", "decode\ntok/s", "\nratio", "\nrange",
+    "p10-p90\nms", "IQR\nms", "MAD\nms", "\ncount", "decode\ntok/s", "\nratio", "\nrange",
 )  # fmt: skip
 Peer = Callable[[Subject, argparse.Namespace], Contestant]
 PEERS: dict[str, Peer] = {
@@ -63,8 +62,8 @@ def main(argv: list[str] | None = None) -> int:
         args.model = str(resolve(args.model))
     subject = open_subject(args)
     # The first token comes from the prompt; beside the last one no next one is computed.
-    depths, notes = decode.usable_depths(subject, args.depths, WARM_UP + args.count + 2)
-    found = conditions()
+    depths, notes = usable_depths(subject, args.depths, WARM_UP + args.count + 2)
+    found, parity_found = conditions(), parity(subject.model)
 
     ours = Ours(subject.model, dict(subject.weights))
     contestants: list[Contestant] = [ours]
@@ -78,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
             if opened is not None:
                 contestants.append(opened)
                 subject = replace(subject, room=subject.room - opened.details.get("more_memory", 0))
-        depths, notes = decode.usable_depths(subject, args.depths, WARM_UP + args.count + 2)
+        depths, notes = usable_depths(subject, args.depths, WARM_UP + args.count + 2)
         take_turns(contestants, turns, problems, depths, args)
     except KeyboardInterrupt:
         interrupted = True
@@ -93,10 +92,11 @@ def main(argv: list[str] | None = None) -> int:
         notes.append("context by random: no prompt was read, rows drawn at random stand in the cache")
     if interrupted:
         notes.append("interrupted: this is what was measured until then")
-    _print(subject, found, args, rows, problems, notes)
+    _print(subject, [*describe(found), describe_parity(parity_found)], args, rows, problems, notes)
     report = {
         "script": "compare",
         "conditions": found,
+        "parity": parity_found,
         "model": subject.as_dict(),
         "rounds": args.rounds,
         "tokens_a_round": args.count,
@@ -253,16 +253,15 @@ def _machine(found: dict[str, Any]) -> list[str]:
 
 def _print(
     subject: Subject,
-    found: dict[str, Any],
+    conditions_found: Sequence[str],
     args: argparse.Namespace,
     rows: Sequence[dict[str, Any]],
     problems: Sequence[dict[str, Any]],
     notes: Sequence[str],
 ) -> None:
     lines = [
-        f"{shown(subject.name)}: {subject.config.num_layers} layers, {decimal(subject.nbytes)} of weights "
-        f"({subject.mix}), activations {script.dtype_name(subject.model.dtype)}",
-        *describe(found),
+        subject.describe(),
+        *conditions_found,
         f"greedy, {args.rounds} rounds of {args.count} tokens after {WARM_UP} of warm-up; a ratio above 1: ours is "
         "faster",
     ]
@@ -283,6 +282,9 @@ def _print(
             f"{1e3 * warm[0]:.1f} .. {1e3 * warm[-1]:.1f}",
             f"{1e3 * seconds['median']:.2f}",
             f"{1e3 * seconds['p10']:.2f}-{1e3 * seconds['p90']:.2f}",
+            f"{1e3 * seconds['iqr']:.2f}",
+            f"{1e3 * seconds['mad']:.2f}",
+            f"{seconds['count']}",
             f"{1 / seconds['median']:.1f}",
             f"{median(ratios):.2f}" if ratios else "-",
             f"{min(ratios):.2f}-{max(ratios):.2f}" if ratios else "-",
