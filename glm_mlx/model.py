@@ -13,6 +13,7 @@ with MLX's operations; those named `_ops` have no kernel yet.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import TypeAlias
 
 import mlx.core as mx
@@ -59,8 +60,18 @@ class Weights:
         return Norm(self.vector(name), cfg.rms_norm_eps)
 
 
+@cache
 def rope_wavelengths(cfg: Config) -> mx.array:
-    """Positions are divided by these: (P / 2,) float32. Plain RoPE, or YaRN's blend of it with its interpolation."""
+    """Positions are divided by these: (P / 2,) float32. Plain RoPE, or YaRN's blend of it with its interpolation.
+
+    Evaluated, and one array for all layers: a traced step would compute it again for every token.
+    """
+    wavelengths = _rope_wavelengths(cfg)
+    mx.eval(wavelengths)
+    return wavelengths
+
+
+def _rope_wavelengths(cfg: Config) -> mx.array:
     dim, base = cfg.qk_rope_head_dim, cfg.rope_theta
     plain = base ** (mx.arange(0, dim, 2) / dim)
     if cfg.yarn is None:
@@ -159,18 +170,16 @@ class MoE:
         )
 
     def __call__(self, x: mx.array, tap: Tap = no_tap) -> mx.array:
-        rows = x.reshape(-1, x.shape[-1])  # (T, D)
         # float32: the biases of e_score_correction_bias differ by less than half precision resolves.
-        normed, router_logits = norm_qmv(rows, self.gate, self.norm, mx.float32)  # (T, D), (T, E)
+        normed, router_logits = norm_qmv(x, self.gate, self.norm, mx.float32)  # (B, L, D), (B, L, E)
         hidden, shared_hidden, experts, weights = experts_gate_up(
             normed, router_logits, self.router, self.gate_proj, self.up_proj, self.shared_gate, self.shared_up
         )
-        tap("ffn_norm", normed.reshape(x.shape))
+        tap("ffn_norm", normed)
         tap("router_logits", router_logits)
         tap("experts", experts)
         tap("expert_weights", weights)
-        y = experts_down(hidden, shared_hidden, self.down_proj, self.shared_down, experts, weights, rows)
-        return y.reshape(x.shape)
+        return experts_down(hidden, shared_hidden, self.down_proj, self.shared_down, experts, weights, x)
 
 
 class Block:

@@ -8,6 +8,7 @@ embed(w, tokens, dtype) -> y, and the same with `_ops`
 The kernel reads the rows of the tokens at the file's own bits and nothing else.
 """
 
+import math
 from functools import cache
 
 import mlx.core as mx
@@ -26,13 +27,13 @@ def embed(w: Weight, tokens: mx.array, dtype: mx.Dtype) -> mx.array:
     back_end = launcher.back_end("embed") if tokens.size <= launcher.MAX_TOKENS else None
     if back_end is None or not launcher.fits(w):
         return embed_ops(w, tokens, dtype)
-    launch = _launch(back_end, tokens.size, tokens.dtype, dtype, launcher.kind(w))
-    return launch(tokens, *launcher.planes(w))[0].reshape(*tokens.shape, -1)
+    launch = _launch(back_end, tuple(tokens.shape), tokens.dtype, dtype, launcher.kind(w))
+    return launch(tokens, *launcher.planes(w))[0]
 
 
 @cache
 def _launch(
-    back_end: launcher.BackEnd, length: int, index: mx.Dtype, dtype: mx.Dtype, kind: launcher.Kind
+    back_end: launcher.BackEnd, shape: tuple[int, ...], index: mx.Dtype, dtype: mx.Dtype, kind: launcher.Kind
 ) -> launcher.Launch:
     rows, cols = kind[1]
     launcher.require("embed", launcher.floats(dtype, "y"), (index == mx.int32, f"tokens of {index}; int32 is read"))
@@ -41,8 +42,8 @@ def _launch(
         "embed",
         inputs=["tokens"],
         weights={"W": kind},
-        outputs={"y": ((length, cols), dtype)},
+        outputs={"y": ((*shape, cols), dtype)},
         template={"T": dtype, "ROWS": rows, "COLS": cols, "SIMDGROUPS": SIMDGROUPS},
-        threadgroups=(-(-cols // (8 * launcher.LANES * SIMDGROUPS)), length, 1),
+        threadgroups=(-(-cols // (8 * launcher.LANES * SIMDGROUPS)), math.prod(shape), 1),
         simdgroups=SIMDGROUPS,
     )

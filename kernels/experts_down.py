@@ -1,7 +1,7 @@
 """The second half of a MoE feed-forward: down for every chosen expert, weighted and summed, plus the shared expert.
 
 experts_down(hidden, shared_hidden, down, shared_down, experts, weights, residual) -> y, and the same with `_ops`
-    hidden         (T, K, F)   from `experts_gate_up`
+    hidden         (T, K, F)   from `experts_gate_up`; T may be several dimensions, here and below
     shared_hidden  (T, S)      or None
     down           (E, D, F)   `Weight`
     shared_down    (D, S)      `Weight` or None
@@ -15,6 +15,7 @@ GLM-4.7-Flash in Q4_0, 5 * 2048 * 1536 * 4.5 / 8 = 8.8 MB a token. A threadgroup
 of its simdgroups for one expert; their sums are added in a fixed order, so every run gives the same bits.
 """
 
+import math
 from functools import cache
 
 import mlx.core as mx
@@ -37,8 +38,9 @@ def experts_down_ops(
     weights: mx.array,
     residual: mx.array | None,
 ) -> mx.array:
-    routed = gather_qmv_ops(hidden, down, experts).astype(mx.float32)
-    y = (routed * weights[..., None]).sum(axis=1)
+    ids = experts.reshape(-1, experts.shape[-1])
+    routed = gather_qmv_ops(hidden.reshape(*ids.shape, -1), down, ids).astype(mx.float32)
+    y = (routed.reshape(*experts.shape, -1) * weights[..., None]).sum(axis=-2)
     if shared_hidden is not None and shared_down is not None:
         y = y + qmv_ops(shared_hidden, shared_down).astype(mx.float32)
     if residual is not None:
@@ -55,7 +57,7 @@ def experts_down(
     weights: mx.array,
     residual: mx.array | None,
 ) -> mx.array:
-    tokens, top_k = experts.shape
+    tokens = experts.size // experts.shape[-1]
     back_end = launcher.back_end("experts_down") if tokens <= launcher.MAX_TOKENS else None
     whole = shared_down is None or shared_down.shape[-1] % down.shape[-1] == 0  # shared experts are as wide as others
     if back_end is None or not whole or not launcher.fits(down, shared_down):
@@ -68,34 +70,35 @@ def experts_down(
         arrays.append(residual)
     kinds = tuple(launcher.kind(w) for w in matrices)
     shapes = tuple(None if a is None else tuple(a.shape) for a in (hidden, shared_hidden, weights, residual))
-    launch = _launch(back_end, tokens, top_k, hidden.dtype, kinds, shapes)
+    launch = _launch(back_end, tuple(experts.shape), hidden.dtype, kinds, shapes)
     return launch(*arrays, *(plane for w in matrices for plane in launcher.planes(w)))[0]
 
 
 @cache
 def _launch(
     back_end: launcher.BackEnd,
-    tokens: int,
-    top_k: int,
+    experts_shape: tuple[int, ...],
     dtype: mx.Dtype,
     kinds: tuple[launcher.Kind, ...],
     shapes: tuple[tuple[int, ...] | None, ...],
 ) -> launcher.Launch:
     num_experts, rows, width = kinds[0][1]
+    *lead, top_k = experts_shape
+    tokens = math.prod(lead)
     shared_width = kinds[1][1][1] if len(kinds) > 1 else 0
     hidden, shared_hidden, weights, residual = shapes
     with_residual = residual is not None
     launcher.require(
         "experts_down",
         launcher.floats(dtype, "hidden"),
-        (hidden == (tokens, top_k, width), f"hidden of shape {hidden} for experts {(tokens, top_k)} of width {width}"),
-        (weights == (tokens, top_k), f"weights of shape {weights} for experts of {(tokens, top_k)}"),
-        (residual in (None, (tokens, rows)), f"a residual of shape {residual} for a result of {(tokens, rows)}"),
+        (hidden == (*experts_shape, width), f"hidden of shape {hidden} for experts {experts_shape} of width {width}"),
+        (weights == experts_shape, f"weights of shape {weights} for experts of {experts_shape}"),
+        (residual in (None, (*lead, rows)), f"a residual of shape {residual} for a result of {(*lead, rows)}"),
         *(
             (shape == (rows, shared_width), f"shared down of shape {shape}, others of {rows} rows")
             for _, shape in kinds[1:]
         ),
-        (len(kinds) == 1 or shared_hidden == (tokens, shared_width), f"shared hidden of shape {shared_hidden}"),
+        (len(kinds) == 1 or shared_hidden == (*lead, shared_width), f"shared hidden of shape {shared_hidden}"),
     )
     slots = top_k + shared_width // width
     simdgroups = min(slots, MAX_SIMDGROUPS)
@@ -104,7 +107,7 @@ def _launch(
         "experts_down",
         inputs=["hidden", "experts", "weights"] + ["shared_hidden"] * (len(kinds) > 1) + ["residual"] * with_residual,
         weights=dict(zip(("DOWN", "SHARED_DOWN"), kinds, strict=False)),
-        outputs={"y": ((tokens, rows), dtype)},
+        outputs={"y": ((*lead, rows), dtype)},
         template={
             "T": dtype,
             "WIDTH": width,

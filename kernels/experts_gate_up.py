@@ -2,7 +2,7 @@
 
 experts_gate_up(x, router_logits, router, gate, up, shared_gate, shared_up)
     -> (hidden, shared_hidden, experts, weights), and the same with `_ops`
-    x              (T, D)      float32, bfloat16 or float16
+    x              (T, D)      float32, bfloat16 or float16; T may be several dimensions, here and below
     router_logits  (T, E)      float32
     router         `Router`    kernels/route.py: what is chosen, and what the weights are
     gate, up       (E, F, D)   `Weight`s of one type each
@@ -18,6 +18,7 @@ A simdgroup chooses as far as it must know, then computes a row of gate and the 
 for both. NaN or infinity in x comes out as NaN. A NaN among the logits is chosen last, and its weight is NaN.
 """
 
+import math
 from functools import cache
 
 import mlx.core as mx
@@ -46,8 +47,9 @@ def experts_gate_up_ops(
     shared_up: Weight | None,
 ) -> tuple[mx.array, mx.array | None, mx.array, mx.array]:
     experts, weights = router(router_logits)
-    rows = x[:, None, :]
-    hidden = swiglu_ops(gather_qmv_ops(rows, gate, experts), gather_qmv_ops(rows, up, experts))
+    rows, ids = x.reshape(-1, 1, x.shape[-1]), experts.reshape(-1, router.top_k)
+    hidden = swiglu_ops(gather_qmv_ops(rows, gate, ids), gather_qmv_ops(rows, up, ids))
+    hidden = hidden.reshape(*experts.shape, -1)
     if shared_gate is None or shared_up is None:
         return hidden, None, experts, weights
     return hidden, swiglu_ops(qmv_ops(x, shared_gate), qmv_ops(x, shared_up)), experts, weights
@@ -62,7 +64,7 @@ def experts_gate_up(
     shared_gate: Weight | None,
     shared_up: Weight | None,
 ) -> tuple[mx.array, mx.array | None, mx.array, mx.array]:
-    tokens = x.shape[0]
+    tokens = x.size // x.shape[-1]
     back_end = launcher.back_end("experts_gate_up") if tokens <= launcher.MAX_TOKENS else None
     possible = 8 <= gate.shape[0] <= MAX_EXPERTS and launcher.fits(gate, up, shared_gate, shared_up)
     if back_end is None or not possible:
@@ -102,13 +104,13 @@ def _launch(
     kinds: tuple[launcher.Kind, ...],
 ) -> launcher.Launch:
     num_experts, width, cols = kinds[0][1]
-    tokens = logits_shape[0]
+    lead = logits_shape[:-1]
     with_bias = bias_size is not None
     launcher.require(
         "experts_gate_up",
         launcher.floats(dtype, "x"),
-        (x_shape == (tokens, cols), f"x of shape {x_shape} for {tokens} tokens and matrices of {cols} columns"),
-        (logits_shape == (tokens, num_experts), f"router_logits of shape {logits_shape} for {num_experts} experts"),
+        (x_shape == (*lead, cols), f"x of shape {x_shape} for tokens of {lead} and matrices of {cols} columns"),
+        (logits_shape[-1] == num_experts, f"router_logits of shape {logits_shape} for {num_experts} experts"),
         (bias_size in (None, num_experts), f"a bias of {bias_size} values for {num_experts} experts"),
         (0 < top_k <= num_experts, f"{top_k} of {num_experts} experts"),
         (kinds[1][1] == kinds[0][1], f"gate of shape {kinds[0][1]} and up of {kinds[1][1]}"),
@@ -116,9 +118,9 @@ def _launch(
         (len({shape for _, shape in kinds[2:]}) < 2, "shared gate and up of two shapes"),
     )
     outputs: dict[str, tuple[tuple[int, ...], mx.Dtype]] = {
-        "hidden": ((tokens, top_k, width), dtype),
-        "experts": ((tokens, top_k), mx.uint32),
-        "weights": ((tokens, top_k), mx.float32),
+        "hidden": ((*lead, top_k, width), dtype),
+        "experts": ((*lead, top_k), mx.uint32),
+        "weights": ((*lead, top_k), mx.float32),
     }
     template: dict[str, int | bool | mx.Dtype] = {
         "T": dtype,
@@ -136,7 +138,7 @@ def _launch(
     slots = top_k
     if len(kinds) > 2:
         shared_width = kinds[2][1][0]
-        outputs["shared_hidden"] = ((tokens, shared_width), dtype)
+        outputs["shared_hidden"] = ((*lead, shared_width), dtype)
         template["SHARED_WIDTH"] = shared_width
         slots += -(-shared_width // width)
     return launcher.prepare(
@@ -147,6 +149,6 @@ def _launch(
         outputs=outputs,
         template=template,
         defines={"SCALE": f"{scale!r}f"} | ({"BIAS": ""} if with_bias else {}),
-        threadgroups=(-(-width // (ROWS * SIMDGROUPS)), slots, tokens),
+        threadgroups=(-(-width // (ROWS * SIMDGROUPS)), slots, math.prod(lead)),
         simdgroups=SIMDGROUPS,
     )

@@ -3,12 +3,13 @@
 // for its heads and one query; its simdgroups take ROWS_AT_ONCE rows in turn. A lane holds dimensions 2 lane and
 // 2 lane + 1 of every 64: of the queries, of the rows (loaded once, as key and as value), and of the sums.
 //
-// The rows of the queries' own tokens are not in the cache yet: whoever needs one makes it, norm and RoPE, and whoever
-// needs it for the last query and the first heads stores it. No threadgroup reads a row that another one writes.
+// The rows of the queries' own tokens are not in the cache yet: a threadgroup that needs one makes it, norm and RoPE, in
+// its own memory, and the one that needs it for the last query and the first heads stores it. No threadgroup reads a row
+// that another one writes.
 //
 // Softmax is taken on the way: `largest` is the largest score so far, in units of log2(e), and what was summed before is
 // scaled down when it grows. A lane knows the score of one head and one row, and the state of that head.
-threadgroup float shared_sums[(SIMDGROUPS + 1) / 2 * HEADS_AT_ONCE * LATENT];
+threadgroup float shared_sums[SHARED];  // in the beginning the new rows, at the end half of the sums
 threadgroup float shared_state[(SIMDGROUPS + 1) / 2 * HEADS_AT_ONCE * 2];
 constexpr int WIDTH = LATENT + ROPE;
 constexpr int PAIRS = (WIDTH + 63) / 64;
@@ -26,7 +27,42 @@ device T* rows = (device T*)cache;
 const uint cached = uint(position[0]);
 const uint visible = cached + query + 1;  // rows that this query sees
 const uint rows_of_split = (visible + splits - 1) / splits;
-const uint end = min(visible, (split + 1) * rows_of_split);
+const uint begin = split * rows_of_split;
+const uint end = min(visible, begin + rows_of_split);
+auto made = (threadgroup decltype(load_pair(cache, 0))*)shared_sums;
+
+if (end > cached) {
+  for (uint r = simdgroup; r <= query; r += uint(SIMDGROUPS)) {
+    const uint row = cached + r;
+    float2 values[PAIRS];
+    float squares = 0.0f;
+#pragma unroll
+    for (int p = 0; p < PAIRS; ++p) {
+      const uint pair = uint(p) * 32 + lane;
+      values[p] = as_float<T>(load_pair(kv_a + r * uint(WIDTH), min(pair, uint(WIDTH / 2 - 1))));
+      squares += pair < uint(LATENT / 2) ? values[p].x * values[p].x + values[p].y * values[p].y : 0.0f;
+    }
+    const float inverse = rsqrt(simd_sum(squares) / float(LATENT) + EPS);
+    const bool stores = first_head == 0 && query == uint(QUERIES - 1) && row >= begin && row < end;
+#pragma unroll
+    for (int p = 0; p < PAIRS; ++p) {
+      const uint pair = uint(p) * 32 + lane;
+      if (pair < uint(LATENT / 2)) {
+        values[p].x *= inverse * norm_weight[pair * 2];
+        values[p].y *= inverse * norm_weight[pair * 2 + 1];
+      } else if (pair < uint(WIDTH / 2)) {
+        values[p] = rotate(values[p], float(row), wavelengths[pair - uint(LATENT / 2)]);
+      }
+      if (pair < uint(WIDTH / 2)) {
+        made[r * uint(WIDTH / 2) + pair] = as_pair(values[p], T(0.0f));
+        if (stores) {
+          store_pair(rows, size_t(row) * size_t(WIDTH / 2) + pair, as_pair(values[p], T(0.0f)));
+        }
+      }
+    }
+  }
+}
+threadgroup_barrier(mem_flags::mem_threadgroup);
 
 float2 queries[HEADS_AT_ONCE][PAIRS];
 float2 sums[HEADS_AT_ONCE][VALUES];
@@ -54,54 +90,24 @@ for (int h = 0; h < HEADS_AT_ONCE; ++h) {
 float largest = -INFINITY;
 float total = 0.0f;
 
-for (uint first = split * rows_of_split + simdgroup * uint(ROWS_AT_ONCE); first < end;
+for (uint first = begin + simdgroup * uint(ROWS_AT_ONCE); first < end;
      first += uint(SIMDGROUPS * ROWS_AT_ONCE)) {
   decltype(load_pair(cache, 0)) raw[ROWS_AT_ONCE][PAIRS];
 #pragma unroll
   for (int r = 0; r < ROWS_AT_ONCE; ++r) {
     const uint row = min(first + uint(r), end - 1);
-    if (row < cached) {
-      const auto values = cache + size_t(row) * size_t(WIDTH);
 #pragma unroll
-      for (int p = 0; p < PAIRS; ++p) {
-        // Lanes past the last dimension read it again: their part of the query is 0, and their sums are not written.
-        const uint pair = uint(p) * 32 + lane;
-        raw[r][p] = load_pair(values, WIDTH % 64 == 0 ? pair : min(pair, uint(WIDTH / 2 - 1)));
+    for (int p = 0; p < PAIRS; ++p) {
+      // Lanes past the last dimension read it again: their part of the query is 0, and their sums are not written.
+      const uint pair = WIDTH % 64 == 0 ? uint(p) * 32 + lane : min(uint(p) * 32 + lane, uint(WIDTH / 2 - 1));
+      if (row < cached) {
+        raw[r][p] = load_pair(cache + size_t(row) * size_t(WIDTH), pair);
+      } else {
+        raw[r][p] = made[(row - cached) * uint(WIDTH / 2) + pair];
       }
     }
   }
   LOADS_END
-#pragma unroll
-  for (int r = 0; r < ROWS_AT_ONCE; ++r) {
-    const uint row = min(first + uint(r), end - 1);
-    if (row >= cached) {
-      const auto values = kv_a + (row - cached) * uint(WIDTH);
-      float2 made[PAIRS];
-      float squares = 0.0f;
-#pragma unroll
-      for (int p = 0; p < PAIRS; ++p) {
-        const uint pair = uint(p) * 32 + lane;
-        made[p] = as_float<T>(load_pair(values, min(pair, uint(WIDTH / 2 - 1))));
-        squares += pair < uint(LATENT / 2) ? made[p].x * made[p].x + made[p].y * made[p].y : 0.0f;
-      }
-      const float inverse = rsqrt(simd_sum(squares) / float(LATENT) + EPS);
-      const bool stores = first_head == 0 && query == uint(QUERIES - 1) && first + uint(r) < end;
-#pragma unroll
-      for (int p = 0; p < PAIRS; ++p) {
-        const uint pair = min(uint(p) * 32 + lane, uint(WIDTH / 2 - 1));
-        if (pair < uint(LATENT / 2)) {
-          made[p].x *= inverse * norm_weight[pair * 2];
-          made[p].y *= inverse * norm_weight[pair * 2 + 1];
-        } else {
-          made[p] = rotate(made[p], float(row), wavelengths[pair - uint(LATENT / 2)]);
-        }
-        raw[r][p] = as_pair(made[p], T(0.0f));
-        if (stores && uint(p) * 32 + lane < uint(WIDTH / 2)) {
-          store_pair(rows, size_t(row) * size_t(WIDTH / 2) + pair, raw[r][p]);
-        }
-      }
-    }
-  }
   float scores[SCORES];
 #pragma unroll
   for (int r = 0; r < ROWS_AT_ONCE; ++r) {
@@ -166,7 +172,7 @@ for (uint first = split * rows_of_split + simdgroup * uint(ROWS_AT_ONCE); first 
 }
 
 // The upper half of the simdgroups hands its sums to the lower half, until one holds all.
-#pragma unroll
+threadgroup_barrier(mem_flags::mem_threadgroup);  // `made` has been read
 for (int count = SIMDGROUPS; count > 1; count = (count + 1) / 2) {
   const uint half_count = uint((count + 1) / 2);
   if (simdgroup >= half_count && simdgroup < uint(count)) {

@@ -122,7 +122,7 @@ def mla_decode(
         launcher.kind(v_b),
     )
     partial, state = attend(q_latent, q, kv_a, norm.weight, wavelengths, cache, position)
-    return merge(partial, state, *launcher.planes(v_b))[0].reshape(1, length, -1), cache
+    return merge(partial, state, *launcher.planes(v_b))[0], cache
 
 
 def _fits(q_latent: mx.array, cache: mx.array) -> bool:
@@ -148,7 +148,9 @@ def _launches(
     values = v_b[1][1]
     fits = v_b[1] == (heads, values, latent_dim)
     launcher.require("mla_decode", (fits, f"v_b of shape {v_b[1]} for {heads} heads of {latent_dim} values"))
-    half_of_them = (SIMDGROUPS + 1) // 2
+    half_of_them = (SIMDGROUPS + 1) // 2 * HEADS_AT_ONCE
+    made = length * (latent_dim + rope_dim) * dtype.size // 4  # floats of room for the new rows
+    shared = max(half_of_them * latent_dim, made)
     attend = launcher.prepare(
         back_end,
         "mla_decode",
@@ -169,19 +171,20 @@ def _launches(
             "HEADS_AT_ONCE": HEADS_AT_ONCE,
             "ROWS_AT_ONCE": ROWS_AT_ONCE,
             "SIMDGROUPS": SIMDGROUPS,
+            "SHARED": shared,
         },
         # Powers of 2 are one instruction, powers of e two.
         defines={"SCALE": f"{scale * math.log2(math.e)!r}f", "EPS": f"{eps!r}f"},
         threadgroups=(splits, -(-heads // HEADS_AT_ONCE), length),
         simdgroups=SIMDGROUPS,
-        threadgroup_bytes=half_of_them * HEADS_AT_ONCE * (latent_dim + 2) * 4,
+        threadgroup_bytes=(shared + half_of_them * 2) * 4,
     )
     merge = launcher.prepare(
         back_end,
         "mla_merge",
         inputs=["partial", "state"],
         weights={"V_B": v_b},
-        outputs={"y": ((length, heads * values), dtype)},
+        outputs={"y": ((1, length, heads * values), dtype)},
         template={
             "T": dtype,
             "HEADS": heads,

@@ -34,6 +34,7 @@ or more, 8 or 16 of them a shorter one. More rows of x go to MLX's matmul, for w
 except IQ4_NL's, which its affine form cannot hold.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -99,7 +100,7 @@ def _qmv(
         back_end,
         1,
         (0, x.shape[-1], 0, 0),
-        tokens,
+        tuple(x.shape[:-1]),
         x.dtype,
         dtype,
         kinds,
@@ -111,7 +112,7 @@ def _qmv(
     if residual is not None:
         extra.append(residual)
     planes = [plane for w in weights for plane in launcher.planes(w)]
-    return [y.reshape(*x.shape[:-1], -1) for y in launch(x, *extra, *planes)]
+    return launch(x, *extra, *planes)
 
 
 def absorb(q: mx.array, k_b: Weight) -> mx.array:
@@ -121,7 +122,7 @@ def absorb(q: mx.array, k_b: Weight) -> mx.array:
     if back_end is None:
         return absorb_ops(q, k_b)
     strides = (width, heads * width, q.shape[1] * k_b.shape[1], 0)
-    return _heads(back_end, q, k_b, q.shape[1], strides).reshape(1, heads, q.shape[1], -1)
+    return _heads(back_end, q, k_b, (1, heads, q.shape[1]), strides)
 
 
 def absorb_ops(q: mx.array, k_b: Weight) -> mx.array:
@@ -136,7 +137,7 @@ def merge_heads(x: mx.array, v_b: Weight) -> mx.array:
     if back_end is None:
         return merge_heads_ops(x, v_b)
     strides = (length * cols, cols, rows, heads * rows)
-    return _heads(back_end, x, v_b, length, strides).reshape(1, length, heads * rows)
+    return _heads(back_end, x, v_b, (1, length, heads), strides).reshape(1, length, heads * rows)
 
 
 def merge_heads_ops(x: mx.array, v_b: Weight) -> mx.array:
@@ -150,10 +151,10 @@ def _heads_back_end(batch: int, length: int, width: int, w: Weight) -> launcher.
 
 
 def _heads(
-    back_end: launcher.BackEnd, x: mx.array, w: Weight, length: int, strides: tuple[int, int, int, int]
+    back_end: launcher.BackEnd, x: mx.array, w: Weight, lead: tuple[int, ...], strides: tuple[int, int, int, int]
 ) -> mx.array:
     kind, (heads, rows, cols) = launcher.kind(w)
-    launch = _launch(back_end, heads, strides, length, x.dtype, x.dtype, ((kind, (rows, cols)),), None, False, None)
+    launch = _launch(back_end, heads, strides, lead, x.dtype, x.dtype, ((kind, (rows, cols)),), None, False, None)
     return launch(x, *launcher.planes(w))[0]
 
 
@@ -169,7 +170,7 @@ def _launch(
     back_end: launcher.BackEnd,
     heads: int,
     strides: tuple[int, int, int, int],
-    tokens: int,
+    lead: tuple[int, ...],
     dtype: mx.Dtype,
     out_dtype: mx.Dtype,
     kinds: tuple[launcher.Kind, ...],
@@ -177,7 +178,9 @@ def _launch(
     normed_too: bool,
     residual_size: int | None,
 ) -> launcher.Launch:
+    """`lead`: the dimensions of the results before the last, which is a matrix's rows."""
     cols = kinds[0][1][-1]
+    tokens = math.prod(lead) // heads
     with_residual = residual_size is not None
     launcher.require(
         "qmv",
@@ -197,10 +200,10 @@ def _launch(
         defines["NORM"] = ""
     if with_residual:
         defines["RESIDUAL"] = ""
-    outputs = {f"y{i}": ((heads * tokens, shape[0]), out_dtype) for i, (_, shape) in enumerate(kinds)}
+    outputs = {f"y{i}": ((*lead, shape[0]), out_dtype) for i, (_, shape) in enumerate(kinds)}
     if normed_too:
         defines["NORMED_TOO"] = ""
-        outputs["normed"] = ((tokens, cols), dtype)
+        outputs["normed"] = ((*lead, cols), dtype)
     return launcher.prepare(
         back_end,
         "qmv",
