@@ -18,6 +18,7 @@ from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from rich.filesize import decimal
 
 from bench import contest, script, synthetic
@@ -33,8 +34,8 @@ PREFILL_CHUNK = 2048  # tokens
 TOKENS = 8  # on which layers are compared
 PIECE = 1 << 24  # values expanded at a time
 # What a step may differ by in float32 arithmetic, as a share of what it gives. Seen on the small model and on layers of
-# the real shapes: 3e-7 with scales in float32, 0.005 with scales in bfloat16 or with Q6_K held in 8 bits.
-EXACT, ROUNDED = 1e-4, 0.01
+# the real shapes: 3e-7 with scales in float32, 0.008 with scales in bfloat16 and Q6_K held in 8 bits.
+EXACT, ROUNDED = 1e-4, 0.02
 
 NAMES = {
     "lm_head": "lm_head",
@@ -383,4 +384,4 @@ def _relative(a: mx.array, exact: mx.array) -> float:
     """Root mean square of the difference to that of `exact`, over the last axis; of several tokens the median."""
     a, exact = a.astype(mx.float32), exact.astype(mx.float32)
     ratios = mx.sqrt((a - exact).square().sum(axis=-1) / exact.square().sum(axis=-1))
-    return float(mx.median(ratios))
+    return float(np.median(np.asarray(ratios)))
