@@ -1,25 +1,23 @@
 """The shipped small model: learned router statistics instead of noise, and answers that must not change."""
 
-import json
-from pathlib import Path
+import re
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from gguf.constants import GGMLQuantizationType
 
-from glm_mlx.chat import ChatTemplate, encode_chat
 from glm_mlx.engine import Engine
 from glm_mlx.load import Loaded, load_model
-from glm_mlx.sampling import SamplingParams
 from glm_mlx.small import SMALL_MODEL
+from parity_tests import golden
 from parity_tests.budgets import check
 from parity_tests.compare import compare_layers, to_numpy
+from parity_tests.golden import GREEDY, prompt_ids
 from parity_tests.test_layers import assert_taps
 from reference.model import Reference
 from reference.tokenizer import ReferenceTokenizer
-
-GOLDEN = Path(__file__).with_name("golden_answers.json")
-GREEDY = SamplingParams(temperature=0)
 
 
 @pytest.fixture(scope="module")
@@ -27,13 +25,15 @@ def small() -> Loaded:
     return load_model(SMALL_MODEL)
 
 
-def prompt_ids(loaded: Loaded, text: str, thinking: bool) -> list[int]:
-    template = ChatTemplate(loaded.gguf.metadata["tokenizer.chat_template"])
-    return encode_chat(loaded.tokenizer, template, [{"role": "user", "content": text}], thinking=thinking)
-
-
-def test_the_file_is_small_and_mixed_as_published_files_are() -> None:
+def test_the_file_is_small_and_mixed_as_published_files_are(small: Loaded) -> None:
     assert SMALL_MODEL.stat().st_size <= 8_000_000
+    types: dict[str, set[str]] = {}
+    for name, tensor in small.gguf.tensors.items():
+        types.setdefault(GGMLQuantizationType(tensor.type).name, set()).add(re.sub(r"^blk\.\d+\.", "", name))
+    assert types["Q8_0"] == {"attn_k_b.weight", "attn_v_b.weight", "attn_kv_a_mqa.weight"}
+    assert types["Q6_K"] == {"output.weight"}
+    assert {"token_embd.weight", "ffn_down_exps.weight", "ffn_down_shexp.weight"} < types["Q4_0"]
+    assert types.keys() == {"Q8_0", "Q6_K", "Q4_0", "F32"}
 
 
 def test_every_layer_and_expert_choice_agrees_with_the_reference(small: Loaded) -> None:
@@ -57,18 +57,16 @@ def test_its_tokenizer_is_the_references(small: Loaded) -> None:
     assert small.tokenizer.encode(text) == ReferenceTokenizer(small.gguf.metadata).encode(text)
 
 
-@pytest.mark.parametrize("case", json.loads(GOLDEN.read_text()), ids=lambda case: case["prompt"])
-def test_greedy_answers_are_the_golden_ones(case: dict[str, object], small: Loaded) -> None:
-    ids = prompt_ids(small, str(case["prompt"]), bool(case["thinking"]))
-    tokens = [s.token for s in Engine(small.model).generate(ids, GREEDY, 200, small.tokenizer.stop_ids)]
-    assert small.tokenizer.decode(tokens, special=True) == case["answer"]
+@pytest.mark.parametrize("case", golden.cases(), ids=lambda case: case["prompt"])
+def test_greedy_answers_are_the_golden_ones(case: dict[str, Any], small: Loaded) -> None:
+    assert golden.answer(small, case["prompt"], case["thinking"]) == case["answer"]
 
 
 def test_no_expert_is_idle_or_does_all_the_work(small: Loaded) -> None:
     """Over the golden answers: real routing, not noise."""
     shares: list[np.ndarray] = []
-    for case in json.loads(GOLDEN.read_text()):
-        ids = small.tokenizer.encode(str(case["answer"]), special=True)
+    for case in golden.cases():
+        ids = small.tokenizer.encode(case["answer"], special=True)
         x = small.model.embed(mx.array([ids]))
         cache = small.model.new_cache()
         for layer in small.model.layers:

@@ -1,7 +1,9 @@
 """Training computes what the product runs; a stopped run goes on as if it had not stopped; export keeps the values."""
 
 import json
-from dataclasses import replace
+import sys
+from dataclasses import asdict, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import gguf
@@ -12,7 +14,7 @@ from gguf.constants import GGMLQuantizationType
 
 from glm_mlx.errors import InputError
 from glm_mlx.make_tiny import TinySpec, random_blocks
-from glm_mlx.small import train
+from glm_mlx.small import plot, train
 from glm_mlx.small.export import export, quantize, quantize_q6_k
 from glm_mlx.small.network import forward, init, shapes
 from glm_mlx.small.train import Recipe, Trainer, batches, rate, round_q4_0
@@ -147,3 +149,43 @@ def test_the_recipe_names_every_parameter_once() -> None:
     table = shapes(Recipe().spec, 2048)
     assert len(table) == len(set(table))
     assert rate(Recipe(), 0) < rate(Recipe(), 300) > rate(Recipe(), Recipe.steps - 1) > 0
+
+
+@pytest.fixture
+def logged(tmp_path: Path) -> Path:
+    """A folder as a run of 120 steps leaves it, as far as a curve needs it."""
+    (tmp_path / "recipe.json").write_text(json.dumps(asdict(Recipe(steps=120))))
+    step = {"seconds": 1.0, "gradient_norm": 1.0, "worst_load": 2.0}
+    lines = [{"step": n, "loss": 9 / n, "total": 12 / n, **step} for n in range(1, 121)]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return tmp_path
+
+
+@pytest.mark.skipif(find_spec("matplotlib") is None, reason="matplotlib is an extra")
+@pytest.mark.filterwarnings("default")  # matplotlib's own
+def test_the_curve_of_a_run_is_drawn(logged: Path) -> None:
+    plot.draw(logged, logged / "curve.svg")
+    text = (logged / "curve.svg").read_text()
+    assert "<!-- next token -->" in text
+    assert "<!-- small model: 120 steps of 64 x 512 tokens, seed 0, 1 s -->" in text
+    with pytest.raises(InputError, match="make its folder first"):
+        plot.draw(logged, logged / "nowhere" / "curve.png")
+
+
+@pytest.mark.parametrize(
+    ("out", "steps", "message"), [("c.txt", 120, "ends in .png"), ("c.png", 49, "49 steps so far")]
+)
+def test_a_curve_that_cannot_be_drawn_is_one_line(logged: Path, out: str, steps: int, message: str) -> None:
+    log = logged / "log.jsonl"
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:steps]))
+    with pytest.raises(InputError, match=message):
+        plot.draw(logged, logged / out)
+    log.unlink()
+    with pytest.raises(InputError, match="train first"):
+        plot.draw(logged, logged / "c.png")
+
+
+def test_a_curve_without_matplotlib_is_one_line(logged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(InputError, match="pip install"):
+        plot.draw(logged, logged / "curve.png")
