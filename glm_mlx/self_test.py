@@ -14,7 +14,6 @@ import os
 import platform
 import re
 import sys
-import tempfile
 import time
 from contextlib import suppress
 from hashlib import sha256
@@ -28,6 +27,7 @@ from glm_mlx.errors import InputError
 from glm_mlx.model import Model
 from glm_mlx.model_cases import chunk_cases, decode_cases
 from kernels import launcher
+from kernels.cache_folder import cache_folder
 from kernels.cases import Case
 from kernels.check import check, machine
 
@@ -91,7 +91,7 @@ class _Memory:
     def __init__(self) -> None:
         self.machine = machine()
         key, host = _digest(self.machine)[:16], _digest(platform.node())[:6]
-        folder = _cache_folder()
+        folder = cache_folder()
         self.file = folder / f"kernels-{key}.json"
         # Stands while a check runs, and stays where that takes the process down.
         self.mark = folder / f"kernels-{key}-{host}-{os.getpid()}.running"
@@ -144,15 +144,6 @@ def _read(file: Path) -> dict[str, str | None]:
         return {str(name): None if error is None else str(error) for name, error in outcomes.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none yet, or not what was written here
         return {}
-
-
-def _cache_folder() -> Path:
-    try:
-        home = Path.home()
-    except RuntimeError:  # there is none
-        home = Path(tempfile.gettempdir())
-    usual = home / ("Library/Caches" if sys.platform == "darwin" else ".cache")
-    return Path(os.environ.get("XDG_CACHE_HOME") or usual) / "glm-mlx"
 
 
 def _digest(value: object) -> str:

@@ -23,6 +23,7 @@ import mlx.core as mx
 from kernels import launcher
 from kernels.planes import Weight
 from kernels.qmv import gather_qmv_ops, qmv_ops
+from kernels.shapes import launch_shape, matrix_names
 
 DEPTH = 8  # chunks that a lane loads in one go, at most
 ROWS = 4  # rows of a threadgroup
@@ -100,8 +101,11 @@ def _launch(
         ),
         (len(kinds) == 1 or shared_hidden == (*lead, shared_width), f"shared hidden of shape {shared_hidden}"),
     )
+    at_once, depth, most = launch_shape(
+        "experts_down", matrix_names(kinds), tokens, ROWS=ROWS, DEPTH=DEPTH, MAX_SIMDGROUPS=MAX_SIMDGROUPS
+    )
     slots = top_k + shared_width // width
-    simdgroups = min(slots, MAX_SIMDGROUPS)
+    simdgroups = min(slots, most)
     return launcher.prepare(
         back_end,
         "experts_down",
@@ -111,17 +115,17 @@ def _launch(
         template={
             "T": dtype,
             "WIDTH": width,
-            "DEPTH": launcher.depth(width, launcher.LANES, DEPTH),
+            "DEPTH": launcher.depth(width, launcher.LANES, depth),
             "SHARED_WIDTH": shared_width,
             "ROWS_IN_ALL": rows,
             "EXPERTS": num_experts,
             "TOP_K": top_k,
             "SLOTS": slots,
-            "ROWS": ROWS,
+            "ROWS": at_once,
             "SIMDGROUPS": simdgroups,
         },
         defines={"RESIDUAL": ""} if with_residual else {},
-        threadgroups=(-(-rows // ROWS), tokens, 1),
+        threadgroups=(-(-rows // at_once), tokens, 1),
         simdgroups=simdgroups,
-        threadgroup_bytes=simdgroups * ROWS * 4,
+        threadgroup_bytes=simdgroups * at_once * 4,
     )

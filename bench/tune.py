@@ -1,0 +1,411 @@
+"""Searches launch shapes for this device, lets a block and the whole model judge them, and stores what wins.
+
+examples:
+  python bench/tune.py                                        every op with Q4_0 weights; judged on random weights
+  python bench/tune.py --op experts_down --quant Q4_K -- --synthetic --mix q4_k_m
+  python bench/tune.py -- --model GLM-4.7-Flash-Q4_0.gguf     judged on a file
+  python bench/tune.py -- --layers 4                          where memory is small
+  python bench/tune.py --candidates found.json                in two steps: the search alone, and then
+  python bench/tune.py --judge found.json                     the verdict on all that it found
+
+One parameter of a launch at a time (rows, simdgroups, chunks at once, splits of the context), beginning with what is in
+use, until no other value is faster. A shape that no device could run is never launched, one whose result is not the
+twin's, or not the same twice, is never timed. What is faster alone is a candidate: bench/ab.py then compares a block,
+and after that the whole model, with and without it, in fresh processes. Options after -- go to both benchmarks.
+
+The table is the user's own, which every run of the product reads; --ship writes to kernels/shapes.json as well, for the
+family of the chip. Where no kernel is launched, there is nothing to tune.
+"""
+
+import argparse
+import importlib
+import math
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from itertools import takewhile
+from pathlib import Path
+from typing import Any, TypeAlias
+
+if __name__ == "__main__":  # the repository instead of this folder, whose names would hide others
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import mlx.core as mx
+
+from bench import ab, op_cases, script
+from bench.conditions import conditions, describe
+from bench.op_cases import Case, Contestant
+from bench.op_timing import Link, Row, measure
+from bench.paired import LEAST_PAIRS, Effect, judge
+from bench.sides import with_table
+from bench.timing import summarize
+from glm_mlx.errors import InputError
+from glm_mlx.gguf import shown
+from glm_mlx.model import activation_dtype
+from kernels import launcher, shapes
+from kernels.check import difference
+from kernels.planes import QUANT_TYPES
+
+# What an op is asked to try, by the name of its constant: such values as the text of every kernel allows.
+VALUES = {
+    "ROWS": (1, 2, 4, 8),
+    "SIMDGROUPS": (1, 2, 4, 8),
+    "MAX_SIMDGROUPS": (1, 2, 4, 8),
+    "DEPTH": (1, 2, 3, 4, 6, 8),
+    "HEADS_AT_ONCE": (1, 2, 4, 8),
+    "ROWS_AT_ONCE": (1, 2, 4, 8),
+    "ROWS_OF_SPLIT": (16, 32, 64, 128, 256),
+    "MAX_SPLITS": (16, 32, 64, 128),
+    "MERGE_ROWS": (1, 2, 4, 8),
+    "MERGE_SIMDGROUPS": (1, 2, 4, 8),
+}
+MOST_THREADS = 256  # of a threadgroup: with more, Apple's compiler may leave a thread too few registers
+PASSES = 3  # over the parameters of a launch, at most
+GATES: dict[str, tuple[str, ...]] = {
+    "block": ("--depths", "512,4k,32k"),
+    "decode": ("--depths", "0,4k,32k", "--fill", "random"),
+}
+COLUMNS = ("shape", "type", "tried", "refused", "wrong", "in use", "found", "change (95% interval)")
+
+# Of each launch that a call makes, by (op, what it works on): its parameters.
+Shape: TypeAlias = Mapping[tuple[str, str], Mapping[str, int]]
+
+
+@dataclass
+class Found:
+    """What the search of a case came to. rows: every measurement, in order, with the shape that it is of."""
+
+    case: str
+    quant: str
+    start: Shape
+    best: Shape
+    effect: Effect | None = None  # of the best against the start, measured once more
+    tried: int = 0
+    refused: dict[str, str] = field(default_factory=dict)
+    wrong: dict[str, str] = field(default_factory=dict)
+    seconds: list[dict[str, list[float]]] = field(default_factory=list)
+
+    @property
+    def is_candidate(self) -> bool:
+        return self.effect is not None and self.effect.verdict == "faster"
+
+
+class Search:
+    """Of the shape of one case's launches."""
+
+    def __init__(self, case: Case, link: Link, rounds: int, smallest: float):
+        self.case, self.link, self.rounds, self.smallest = case, link, rounds, smallest
+        self.kernel = case.contestants["kernel"]
+        self.prepared: Shape | None = None  # what the launches that the ops keep are for
+        clear_launches()
+        with launcher.recording(), shapes.asking() as asked:
+            self.kernel.run(case.x, 0)
+        start = {(a.op, a.what): dict(a.values) for a in asked}
+        self.found = Found(case.what, case.quant, start, start)
+        self.judged: dict[str, str | None] = {}
+        self.expected: list[list[mx.array]] = []
+
+    def run(self) -> Found:
+        found = self.found
+        for _ in range(PASSES):
+            before = found.best
+            for key, parameters in found.start.items():
+                for name in parameters:
+                    self._vary(key, name)
+            if found.best == before:
+                break
+        if found.best != found.start:
+            # The best of many is partly luck, so it is measured once more.
+            found.effect = self._effects([found.best], found.start).get(label(found.best))
+        clear_launches()
+        return found
+
+    def _vary(self, key: tuple[str, str], name: str) -> None:
+        """Take the value of one parameter that is surely faster than the present one, if there is one."""
+        best = self.found.best
+        seen = {self._signature(best)}
+        others = []
+        for value in VALUES.get(name, ()):
+            shape = {**best, key: {**best[key], name: value}}
+            if self._problem(shape) is None and (signature := self._signature(shape)) not in seen:
+                seen.add(signature)
+                others.append(shape)
+        if not others:
+            return
+        effects = self._effects(others, best)
+        faster = [s for s in others if label(s) in effects and effects[label(s)].verdict == "faster"]
+        if faster:
+            self.found.best = min(faster, key=lambda shape: effects[label(shape)].change)
+
+    def _effects(self, others: Sequence[Shape], base: Shape) -> dict[str, Effect]:
+        """Of each against the base, measured in turns."""
+        named = {label(shape): shape for shape in (base, *others)}
+        ways = {name: Contestant(self._way(shape), self.kernel.nbytes) for name, shape in named.items()}
+        rows: list[Row] = []
+        measure(replace(self.case, contestants=ways), self.link, self.rounds, rows)
+        samples = {row.by: row.gpu or row.chain for row in rows if row.problem is None}
+        self.found.seconds.append(samples)
+        first = samples.get(label(base), [])
+        effects = {}
+        for name, values in samples.items():
+            usable = len(first) == len(values) >= LEAST_PAIRS and min(*first, *values) > 0
+            if name != label(base) and usable:
+                effects[name] = judge([b / a for a, b in zip(first, values, strict=True)], self.smallest)
+        return effects
+
+    def _problem(self, shape: Shape) -> str | None:
+        """Why a shape can't be used: never launched where it is refused, never timed where it is wrong."""
+        name = label(shape)
+        if name not in self.judged:
+            self.found.tried += 1
+            refused = self._refusal(shape)
+            wrong = None if refused else self._fault(shape)
+            if refused:
+                self.found.refused[name] = refused
+            if wrong:
+                self.found.wrong[name] = wrong
+            self.judged[name] = refused or wrong
+        return self.judged[name]
+
+    def _refusal(self, shape: Shape) -> str | None:
+        try:
+            launches = self._launches(shape)
+        except launcher.KernelRefusedError as error:
+            return str(error)
+        threads = max(math.prod(launch.threadgroup) for launch in launches)
+        return f"{threads} threads in a threadgroup, over {MOST_THREADS}" if threads > MOST_THREADS else None
+
+    def _fault(self, shape: Shape) -> str | None:
+        """What is wrong with its result, in words."""
+        sets = range(min(2, self.case.sets))
+        if not self.expected:
+            exact = self.case.x.astype(mx.float32)
+            self.expected = [list(self.case.contestants["twin"].run(exact, i)) for i in sets]
+            mx.eval(self.expected)
+        run = self._way(shape)
+        try:
+            for i in sets:
+                got, again = list(run(self.case.x, i)), list(run(self.case.x, i))
+                mx.eval(got, again)
+                if fault := difference(got, self.expected[i]):
+                    return fault
+                if any(not mx.array_equal(a, b, equal_nan=True) for a, b in zip(got, again, strict=True)):
+                    return "two runs give different results"
+        except (RuntimeError, ValueError) as error:
+            return "fails: " + " ".join(str(error).split())[:200]
+        return None
+
+    def _signature(self, shape: Shape) -> str:
+        """Equal for shapes that come to the same launches."""
+        launches = self._launches(shape)
+        return repr([(launch.template, launch.defines, launch.grid, launch.threadgroup) for launch in launches])
+
+    def _launches(self, shape: Shape) -> list[launcher.Launch]:
+        with self._using(shape), launcher.recording() as seen:
+            self.kernel.run(self.case.x, 0)
+        return [launch for launch, _ in seen]
+
+    def _way(self, shape: Shape) -> op_cases.Run:
+        def run(x: mx.array, i: int) -> Sequence[mx.array]:
+            with self._using(shape):
+                return self.kernel.run(x, i)
+
+        return run
+
+    @contextmanager
+    def _using(self, shape: Shape) -> Iterator[None]:
+        if shape != self.prepared:
+            clear_launches()
+            self.prepared = shape
+        with shapes.trying(shape):
+            yield
+
+
+def clear_launches() -> None:
+    """The ops forget the launches that they have prepared."""
+    for op in launcher.OPS:
+        module = importlib.import_module(f"kernels.{op}")
+        for value in vars(module).values():
+            if hasattr(value, "cache_clear") and value.__module__ == module.__name__:
+                value.cache_clear()
+
+
+def label(shape: Shape) -> str:
+    return "; ".join(", ".join(f"{name} {value}" for name, value in values.items()) for values in shape.values())
+
+
+def main(argv: list[str] | None = None) -> int:
+    args, options = _arguments(sys.argv[1:] if argv is None else argv)
+    device = shapes.device()
+    if device is None or all(launcher.back_end(op) is None for op in launcher.OPS):
+        raise InputError("this device launches no kernels, so there is no launch shape to tune")
+    path = script.results_file("tune", args.json)
+    table = read_table(shapes.user_file())
+    read_table(shapes.SHIPPED)
+    judged = read_table(args.judge) if args.judge else {}
+    if args.judge and device[0] not in judged:
+        raise InputError(f"{shown(args.judge)} has no launch shapes for {device[0]}; --candidates makes such a table")
+    if args.candidates:
+        table = read_table(args.candidates) or table
+    found = conditions()
+    script.show(describe(found), [])
+    made: dict[str, Any] = {"script": "tune", "device": device, "conditions": found, "ops": {}, "stopped": None}
+    kept: dict[str, Any]
+    code = 0
+    try:
+        if args.judge:
+            made["judged"] = kept = {"gates": [], "stored": False}
+            if passes(str(args.judge), table, judged, options, args, kept["gates"]):
+                store(judged, device, args.ship)
+                kept["stored"] = True
+        for op in [] if args.judge else args.op:
+            cases, notes = search_op(op, args)
+            mx.clear_cache()  # the benchmarks want the memory
+            show_search(op, cases, notes)
+            made["ops"][op] = kept = {"searches": [_as_json(case) for case in cases], "gates": [], "stored": False}
+            new = with_candidates(table, cases, device[0])
+            if args.candidates:
+                table = new
+                write_table(args.candidates, table)
+            elif new != table and passes(op, table, new, options, args, kept["gates"]):
+                table = new
+                store(table, device, args.ship)
+                kept["stored"] = True
+    except KeyboardInterrupt:
+        made["stopped"], code = "interrupted", 130
+    except InputError as error:
+        made["stopped"], code = str(error), 2
+    if made["stopped"]:
+        print(f"stopped: {made['stopped']}; what was stored until then stays", file=sys.stderr)
+    script.write_json(path, made)
+    return code
+
+
+def _arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    own = list(takewhile(lambda word: word != "--", argv))
+    parser = script.parser("tune", __doc__)
+    parser.usage = "python bench/tune.py [-h] [--op OP[,OP]] [...] [-- OPTIONS OF block.py AND decode.py]"
+    ops, quants = tuple(op_cases.OPS), (*QUANT_TYPES, "F16", "BF16", "F32")
+    parser.add_argument("--op", type=script.listed(script.choice(*ops)), default=list(ops), metavar="OP[,OP]")
+    parser.add_argument(
+        "--quant", type=script.listed(script.choice(*quants)), default=["Q4_0"], metavar="TYPE[,TYPE]",
+        help=f"types of the weights (default Q4_0) of {', '.join(quants)}",
+    )  # fmt: skip
+    parser.add_argument("--rounds", type=script.whole(LEAST_PAIRS), default=20, help="samples of a shape (default 20)")
+    stage = parser.add_mutually_exclusive_group()
+    stage.add_argument("--candidates", type=Path, metavar="FILE", help="only search, and add what wins to this table")
+    stage.add_argument("--judge", type=Path, metavar="FILE", help="only judge this table, and store it if it wins")
+    parser.add_argument("--ship", action="store_true", help="write what is stored to kernels/shapes.json too")
+    ab.add_rule_arguments(parser)
+    return parser.parse_args(own), argv[len(own) + 1 :]
+
+
+def search_op(op: str, args: argparse.Namespace) -> tuple[list[Found], list[str]]:
+    """The searches of an op's cases, and why others were not made."""
+    found, notes = [], []
+    with script.NOTES.status(f"{op}: making weights") as status:
+        for quant in args.quant[:1] if op in op_cases.WITHOUT_QUANT else args.quant:
+            for case in op_cases.OPS[op](quant, activation_dtype(), op_cases.GPU):
+                status.update(f"{op}: {case.what}, {case.quant}")
+                if "kernel" not in case.contestants:
+                    notes.append(f"{case.what}: there is no kernel for it here")
+                    continue
+                link, _ = Link.long_enough(case.x.dtype, case.x.size)
+                search = Search(case, link, args.rounds, args.smallest)
+                if search.found.start:
+                    found.append(search.run())
+                else:
+                    notes.append(f"{case.what}: its launch has no parameters that a table may set")
+    return found, notes
+
+
+def passes(
+    op: str, old: shapes.Table, new: shapes.Table, options: Sequence[str], args: argparse.Namespace, gates: list[Any]
+) -> bool:
+    """Whether a block, and after it the whole model, is faster with the new table. `gates` gets what was measured."""
+    for measured, own in GATES.items():
+        with tempfile.TemporaryDirectory(prefix="glm-mlx-tune-") as folder:
+            a = with_table("the shapes in use", old, Path(folder) / "a")
+            b = with_table(f"tuned shapes of {op}", new, Path(folder) / "b")
+            comparison = ab.Comparison(a, b, measured, (*own, *(options or ["--synthetic"])), args.smallest)
+            with script.NOTES.status(f"{op}: {measured}") as status:
+                for text in ab.measure(comparison, args.pairs, args.rest):
+                    status.update(f"{op}, {measured}: {text}")
+        outcome = ab.Outcome.of(comparison)
+        gates.append(ab.as_json(comparison))
+        print(f"{op}, {measured}: {outcome}")
+        if args.log:
+            ab.add_to_log(ab.log_line(outcome, f"launch shapes of {op}"))
+        if not outcome.passes:
+            return False
+    return True
+
+
+def with_candidates(table: shapes.Table, cases: Sequence[Found], device: str) -> shapes.Table:
+    for case in cases:
+        for (op, what), values in case.best.items() if case.is_candidate else ():
+            entry: shapes.Entry = {**values, "text": shapes.text_digest(op)}
+            table = shapes.with_entry(table, device, op, what, entry)
+    return table
+
+
+def store(table: shapes.Table, device: tuple[str, str], ship: bool) -> None:
+    """As the user's own; what it says about this device also in the repository, about its family, if it is to ship."""
+    write_table(shapes.user_file(), table)
+    if ship:
+        shipped = read_table(shapes.SHIPPED)
+        for op, entries in table.get(device[0], {}).items():
+            for what, entry in entries.items():
+                values: shapes.Entry = {name: value for name, value in entry.items() if name != "text"}
+                shipped = shapes.with_entry(shipped, device[1], op, what, values)
+        write_table(shapes.SHIPPED, shipped)
+
+
+def read_table(path: Path) -> shapes.Table:
+    try:
+        return shapes.read(path)
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot add to the launch shapes of {shown(path)} ({error}); mend or remove it") from None
+
+
+def write_table(path: Path, table: shapes.Table) -> None:
+    try:
+        shapes.write(path, table)
+    except OSError as error:
+        raise InputError(f"cannot write {shown(path)}: {error.strerror}") from None
+    print(f"written: {shown(path)}")
+
+
+def show_search(op: str, cases: Sequence[Found], notes: Sequence[str]) -> None:
+    table = script.table(op, COLUMNS, words=2)
+    for found in cases:
+        table.add_row(
+            found.case,
+            found.quant,
+            str(found.tried),
+            str(len(found.refused)),
+            str(len(found.wrong)),
+            label(found.start),
+            label(found.best) if found.best != found.start else "the same",
+            str(found.effect or "-"),
+        )
+        notes = [*notes, *(f"{found.case}, {name}: {why}" for name, why in found.wrong.items())]
+    script.show([], [table], notes)
+
+
+def _as_json(found: Found) -> dict[str, Any]:
+    shapes_of = {
+        name: [{"op": op, "what": what, **values} for (op, what), values in shape.items()]
+        for name, shape in (("start", found.start), ("best", found.best))
+    }
+    summaries = [{name: summarize(values).as_dict() for name, values in rows.items()} for rows in found.seconds]
+    effect = found.effect and asdict(found.effect)
+    return {**vars(found), **shapes_of, "effect": effect, "summaries": summaries}
+
+
+if __name__ == "__main__":
+    sys.exit(script.run(main))
