@@ -38,6 +38,9 @@ from kernels.qmv import Norm, merge_heads_ops
 HEADS_AT_ONCE, SIMDGROUPS = 4, 4  # heads of a threadgroup, simdgroups of a threadgroup
 ROWS_AT_ONCE = 4  # rows that a lane loads in one go
 ROWS_OF_SPLIT, MAX_SPLITS = 32, 64  # rows that are worth a threadgroup of their own; splits that are worth combining
+SHORT = (
+    2048  # rows of a cache that is so short that more, smaller threadgroups matter more than reading rows less often
+)
 MERGE_ROWS, MERGE_SIMDGROUPS = 4, 8  # rows of v_b of a simdgroup, simdgroups of a threadgroup
 MAX_LATENT = 2048  # a lane holds whole rows of v_b
 
@@ -107,9 +110,11 @@ def mla_decode(
     _, heads, length, latent_dim = q_latent.shape
     if back_end is None or not _fits(q_latent, cache) or not launcher.fits(v_b):
         return mla_decode_ops(q_latent, q, kv_a, norm, wavelengths, cache, position, scale, v_b)
-    splits = 1 << max(0, min(MAX_SPLITS, cache.shape[1] // ROWS_OF_SPLIT).bit_length() - 1)
+    smaller = 2 if cache.shape[1] <= SHORT else 1
+    splits = 1 << max(0, min(MAX_SPLITS, smaller * cache.shape[1] // ROWS_OF_SPLIT).bit_length() - 1)
     attend, merge = _launches(
         back_end,
+        max(1, HEADS_AT_ONCE // smaller),
         heads,
         length,
         latent_dim,
@@ -134,6 +139,7 @@ def _fits(q_latent: mx.array, cache: mx.array) -> bool:
 @memoised
 def _launches(
     back_end: launcher.BackEnd,
+    heads_at_once: int,
     heads: int,
     length: int,
     latent_dim: int,
@@ -148,7 +154,7 @@ def _launches(
     values = v_b[1][1]
     fits = v_b[1] == (heads, values, latent_dim)
     launcher.require("mla_decode", (fits, f"v_b of shape {v_b[1]} for {heads} heads of {latent_dim} values"))
-    half_of_them = (SIMDGROUPS + 1) // 2 * HEADS_AT_ONCE
+    half_of_them = (SIMDGROUPS + 1) // 2 * heads_at_once
     made = length * (latent_dim + rope_dim) * dtype.size // 4  # floats of room for the new rows
     shared = max(half_of_them * latent_dim, made)
     attend = launcher.prepare(
@@ -168,14 +174,14 @@ def _launches(
             "LATENT": latent_dim,
             "ROPE": rope_dim,
             "NOPE": qk_head_dim - rope_dim,
-            "HEADS_AT_ONCE": HEADS_AT_ONCE,
+            "HEADS_AT_ONCE": heads_at_once,
             "ROWS_AT_ONCE": ROWS_AT_ONCE,
             "SIMDGROUPS": SIMDGROUPS,
             "SHARED": shared,
         },
         # Powers of 2 are one instruction, powers of e two.
         defines={"SCALE": f"{scale * math.log2(math.e)!r}f", "EPS": f"{eps!r}f"},
-        threadgroups=(splits, -(-heads // HEADS_AT_ONCE), length),
+        threadgroups=(splits, -(-heads // heads_at_once), length),
         simdgroups=SIMDGROUPS,
         threadgroup_bytes=(shared + half_of_them * 2) * 4,
     )

@@ -46,6 +46,7 @@ from kernels.planes import GROUP, QuantizedTensor, Weight, dequantize_ops, group
 
 DEPTH = 8  # chunks that a lane loads in one go, at most
 ROWS, SIMDGROUPS = 1, 4  # rows that lanes take one after the other, simdgroups of a threadgroup
+MANY_ROWS = 8192  # with as many, twice the rows: norm and x are worked out once for both, and there is work enough
 
 
 @dataclass(frozen=True)
@@ -190,7 +191,8 @@ def _launch(
         (residual_size in (None, tokens * kinds[0][1][0]), f"a residual of {residual_size} values"),
     )
     lanes = max(_lanes(kind, cols) for kind, _ in kinds)
-    block = ROWS * launcher.LANES // lanes
+    rows_at_once = 2 * ROWS if sum(shape[0] for _, shape in kinds) >= MANY_ROWS else ROWS
+    block = rows_at_once * launcher.LANES // lanes
     blocks, matrices = 0, []
     for i, (_, (rows, _)) in enumerate(kinds):
         matrices.append(f"DO(W{i}, y{i}, {blocks}, {rows})")
@@ -218,7 +220,7 @@ def _launch(
             **dict(zip(("X_HEAD", "X_TOKEN", "Y_HEAD", "Y_TOKEN"), strides, strict=True)),
             "DEPTH": launcher.depth(cols, lanes, DEPTH),
             "LANES": lanes,
-            "ROWS": ROWS,
+            "ROWS": rows_at_once,
             "SIMDGROUPS": SIMDGROUPS,
             "HAS_NORM": eps is not None,
             "HAS_NORMED_TOO": normed_too,

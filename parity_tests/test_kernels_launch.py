@@ -87,7 +87,7 @@ def test_nothing_is_launched_on_a_cpu(op: str) -> None:
 
 
 SHAPES: list[tuple[Case, dict[str, int]]] = [
-    (Qmv(("Q5_0", "Q6_K"), (17, 3), 1280, True, tokens=2), {"ROWS": 1, "SIMDGROUPS": 1, "DEPTH": 1}),
+    (Qmv(("Q5_0", "Q6_K"), (17, 3), 1280, True, tokens=2), {"ROWS": 1, "SIMDGROUPS": 1, "DEPTH": 1, "MANY_ROWS": 20}),
     (Qmv(("Q5_1", "F16"), (29, 9), 224, tokens=3), {"ROWS": 3, "SIMDGROUPS": 2, "DEPTH": 2}),
     (HeadQmv("Q8_0", 3, 35, 480, tokens=2), {"ROWS": 4, "SIMDGROUPS": 8, "DEPTH": 4}),
     (GateUp("Q4_K", 9, 2, 23, 768, "Q5_0", 25), {"ROWS": 2, "SIMDGROUPS": 2, "DEPTH": 1}),
@@ -95,12 +95,18 @@ SHAPES: list[tuple[Case, dict[str, int]]] = [
     (Down("Q4_1", 6, 4, 96, 17, "Q4_0", 96), {"ROWS": 1, "MAX_SIMDGROUPS": 3, "DEPTH": 1}),
     (Down("Q8_0", 6, 5, 1408, 17, "Q5_0", 2816), {"ROWS": 8, "MAX_SIMDGROUPS": 16, "DEPTH": 3}),
     (Down("Q6_K", 9, 8, 768, 16, "Q4_K", 1536), {"ROWS": 3, "MAX_SIMDGROUPS": 32, "DEPTH": 2}),
-    (Mla(5, 70, 136, 62, tokens=2), {"HEADS_AT_ONCE": 2, "SIMDGROUPS": 3, "ROWS_AT_ONCE": 8, "MERGE_ROWS": 5}),
+    (
+        Mla(5, 70, 136, 62, tokens=2),
+        {"HEADS_AT_ONCE": 2, "SIMDGROUPS": 3, "ROWS_AT_ONCE": 8, "MERGE_ROWS": 5},
+    ),
     (
         Mla(3, 200, tokens=2),
         {"HEADS_AT_ONCE": 1, "SIMDGROUPS": 1, "ROWS_AT_ONCE": 2, "ROWS_OF_SPLIT": 8, "MERGE_ROWS": 5},
     ),
-    (Mla(9, 200), {"HEADS_AT_ONCE": 8, "SIMDGROUPS": 5, "ROWS_AT_ONCE": 1, "MERGE_ROWS": 1, "MERGE_SIMDGROUPS": 2}),
+    (
+        Mla(9, 200),
+        {"SHORT": 0, "HEADS_AT_ONCE": 8, "SIMDGROUPS": 5, "ROWS_AT_ONCE": 1, "MERGE_SIMDGROUPS": 2},
+    ),
 ]
 
 

@@ -13,6 +13,7 @@ from kernels.mla_decode import (
     MERGE_SIMDGROUPS,
     ROWS_AT_ONCE,
     ROWS_OF_SPLIT,
+    SHORT,
     SIMDGROUPS,
     mla_decode,
 )
@@ -27,8 +28,9 @@ CONTEXTS = sorted(
 HEADS = (1, HEADS_AT_ONCE, HEADS_AT_ONCE + 1, 2 * HEADS_AT_ONCE - 1)
 WIDTHS = ((64, 16), (96, 32), (128, 64), (72, 10), (512, 64))
 CASES = [
-    Mla(HEADS[i % 4], context, *WIDTHS[i % 5], tokens=min(context, 1 + (3 * i) % 8), dtype=DTYPES[i % 3])
+    Mla(HEADS[i % 4], context, *WIDTHS[i % 5], tokens=min(context, 1 + (3 * i) % 8), dtype=DTYPES[i % 3], room=room)
     for i, context in enumerate(CONTEXTS)
+    for room in (3, SHORT)[i % 2 :]
 ]
 # Splits are as many as the whole cache wants: most have no row yet.
 MOSTLY_EMPTY = [
