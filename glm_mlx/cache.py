@@ -5,34 +5,42 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-STEP = 256  # rows by which the arrays grow
+from glm_mlx.errors import InputError
+
+STEP = 256  # rows: the arrays' sizes are multiples of it
+
+
+def whole_steps(rows: int) -> int:
+    """`rows` rounded up to what is allocated."""
+    return -(-rows // STEP) * STEP
 
 
 class LatentCache:
     """`rows[i]` is layer i's array (B, allocated, kv_lora_rank + qk_rope_head_dim); the first `offset` rows are valid.
 
-    54,144 bytes a token for GLM-4.7-Flash in 16 bits.
+    54,144 bytes a token for GLM-4.7-Flash in 16 bits. The arrays grow by an eighth at least: over a long answer eight
+    rows are copied for each new one, where a token reads them all anyway. They never hold more than `limit` rows, and
+    while they grow one layer stands in memory twice.
     """
 
-    def __init__(self, num_layers: int, width: int, dtype: mx.Dtype):
+    def __init__(self, num_layers: int, width: int, dtype: mx.Dtype, limit: int | None = None):
         self.rows: list[mx.array | None] = [None] * num_layers
-        self.width, self.dtype = width, dtype
+        self.width, self.dtype, self.limit = width, dtype, limit
         self.offset = 0
+        self._expected = 0
+
+    def expect(self, rows: int) -> None:
+        """So many rows are going to be needed: the arrays grow to them at once, when they next grow."""
+        self._expected = rows
 
     def update(self, layer: int, new: mx.array) -> mx.array:
         """Store `new` (B, L, width) behind the valid rows of a layer and return them all: (B, offset + L, width).
 
-        `offset` moves only with `advance`, when every layer has its rows.
+        `offset` moves only with `advance`, when every layer has its rows. Raises InputError past `limit`.
         """
         end = self.offset + new.shape[1]
-        rows = self.rows[layer]
-        allocated = 0 if rows is None else rows.shape[1]
-        if end > allocated:
-            more = mx.zeros((new.shape[0], -(-(end - allocated) // STEP) * STEP, self.width), self.dtype)
-            rows = more if rows is None else mx.concatenate([rows, more], axis=1)
-        assert rows is not None
-        rows[:, self.offset : end] = new.astype(self.dtype)
-        self.rows[layer] = rows
+        rows = self._with_room(layer, new.shape[0], end)
+        rows[:, self.offset : end] = new.astype(self.dtype)  # in place: nobody else holds the array
         return rows[:, :end]
 
     def advance(self, length: int) -> None:
@@ -44,17 +52,33 @@ class LatentCache:
         self.advance(length)
 
     def reserve(self, length: int) -> list[mx.array]:
-        """The whole arrays, grown so that `length` more rows fit; every layer must have been updated before."""
-        rows = [rows for rows in self.rows if rows is not None]
-        assert len(rows) == len(self.rows)
-        more = self.offset + length - rows[0].shape[1]
-        if more > 0:
+        """The whole arrays, grown so that `length` more rows fit; every layer must have been updated before.
+
+        Raises InputError past `limit`: before the launch of a kernel that would write there.
+        """
+        first = self.rows[0]
+        assert first is not None
+        return [self._with_room(layer, first.shape[0], self.offset + length) for layer in range(len(self.rows))]
+
+    def _with_room(self, layer: int, batch: int, end: int) -> mx.array:
+        """The array of a layer, grown where it has fewer than `end` rows."""
+        if self.limit is not None and end > self.limit:
+            raise InputError(f"the context of {self.limit:,} tokens is full; start anew or make it larger")
+        old = self.rows[layer]
+        allocated = 0 if old is None else old.shape[1]
+        if old is not None and end <= allocated:
+            return old
+        size = max(end, self._expected, allocated + allocated // 8)
+        size = whole_steps(size if self.limit is None else min(size, self.limit))
+        rows = mx.zeros((batch, size - allocated, self.width), self.dtype)
+        if old is not None:
             # MLX does not know of what a kernel wrote in place, and copies only what is there.
             mx.synchronize()
-            # By an eighth at least: whoever traced a step for these shapes traces it again.
-            more = max(-(-more // STEP) * STEP, rows[0].shape[1] // 8 // STEP * STEP)
-            space = mx.zeros((rows[0].shape[0], more, self.width), self.dtype)
-            rows = [mx.concatenate([old, space], axis=1) for old in rows]
+            rows = mx.concatenate([old, rows], axis=1)
+        self.rows[layer] = rows
+        mx.eval(rows)  # now, so that the old array is gone before the next layer grows
+        del old
+        mx.clear_cache()  # MLX would keep the old buffer, which is too small for any layer to come
         return rows
 
     def trim(self, offset: int) -> None:

@@ -11,28 +11,37 @@ from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
+from gguf.constants import GGMLQuantizationType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from glm_mlx.compositions import COMPOSITIONS, NARROW, WIDTHS
+from glm_mlx.config import Config
+from glm_mlx.engine import PREFILL_CHUNK
 from glm_mlx.errors import InputError
 from glm_mlx.gguf import shown
 from glm_mlx.isolation import Isolated, LostError, Rows, Variant
-from glm_mlx.make_tiny import make_tiny
+from glm_mlx.load import open_model
+from glm_mlx.make_tiny import GLM_FLASH, make_tiny, metadata, tensor_shapes, type_of
+from glm_mlx.memory import MemoryPlan, Tensor, plan_memory
+from glm_mlx.model import activation_dtype
 from glm_mlx.self_test import remembered_failures
 from kernels import launcher
 from kernels.check import Result, machine
 
 NO_GPU = "There is no GPU here. Kernels need one: Metal or CUDA. These are their twins, in MLX's own operations."
+LAYERS, VOCABULARY = 47, 154_880  # of GLM-4.7-Flash; its widths are those of GLM_FLASH
 NAMED = 8  # variants that do not work, in the paragraph; --json has them all
 
 
 def run(args: argparse.Namespace) -> int:
     if args.json is not None:
         _check_writable(args.json)
+    memory = glm_flash_memory(args.context) if args.model is None else open_model(args.model, None, args.context).memory
     on_gpu = any(launcher.back_end(op) is not None for op in launcher.OPS)
     found = _check_all(on_gpu, timed=not args.compile_only)
     conditions = {**machine(), "glm-mlx": _own_version(), "python": platform.python_version()}
@@ -42,6 +51,8 @@ def run(args: argparse.Namespace) -> int:
     console.print(_table(conditions, found))
     if not on_gpu:
         console.print(NO_GPU, soft_wrap=True)
+    console.print()
+    console.print(memory.table("GLM-4.7-Flash in Q4_0, memory" if args.model is None else "memory"))
     console.print(f"\nFor a bug report:\n\n{report}", soft_wrap=True, markup=False)
     if args.json is not None:
         whole = {
@@ -49,12 +60,24 @@ def run(args: argparse.Namespace) -> int:
             "machine": conditions,
             "report": report,
             "remembered": remembered,
+            "memory": asdict(memory),
             "variants": [{**asdict(variant), **asdict(result)} for variant, result in found.items()],
         }
         args.json.write_text(json.dumps(whole, indent=1, allow_nan=False) + "\n")
     if args.compile_only:
         return 0 if found and all(result.compiles for result in found.values()) else 1
     return 1 if any(result.error for result in found.values()) else 0
+
+
+def glm_flash_memory(context: int | None) -> MemoryPlan:
+    """What GLM-4.7-Flash in Q4_0, the head in Q6_K, takes on this machine. No file is needed for that."""
+    spec = replace(GLM_FLASH, layers=LAYERS, **COMPOSITIONS[0].changes)
+    keys: dict[str, Any] = {f"deepseek2.{key}": value for key, value in metadata(spec).items()}
+    keys |= {"general.architecture": "deepseek2", "tokenizer.ggml.tokens": [""] * VOCABULARY}
+    shapes = list(tensor_shapes(spec, VOCABULARY))
+    tensors = [Tensor(name, GGMLQuantizationType[type_of(spec, name, shape)], shape) for name, shape in shapes]
+    cfg = Config.from_metadata(keys, [tensor.name for tensor in tensors])
+    return plan_memory(cfg, tensors, activation_dtype(), PREFILL_CHUNK, context)
 
 
 def _check_writable(path: Path) -> None:

@@ -21,6 +21,16 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
+def context(text: str) -> int | None:
+    """The value of --context; None is auto."""
+    if text == "auto":
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of tokens nor auto") from None
+
+
 def run(work: Callable[[], int]) -> int:
     """The exit code of a command whose work is `work()`. What it raises for a user to know becomes one line."""
     _open_streams()

@@ -49,12 +49,15 @@ class Engine:
     """A model and the cache of one conversation.
 
     `tokens` are the ids whose rows are in the cache. A prompt that begins with them is computed only from where it
-    differs.
+    differs. `context`: how many tokens prompt and answer may have together, if less than the model was made for.
     """
 
-    def __init__(self, model: Model, chunk: int = PREFILL_CHUNK):
+    def __init__(self, model: Model, chunk: int = PREFILL_CHUNK, context: int | None = None):
         self.model, self.chunk = model, chunk
+        most = model.cfg.context_length
+        self.context = most if context is None else min(context, most)
         self.cache = model.new_cache()
+        self.cache.limit = self.context
         # Python takes longer to build the graph of a step than a GPU to run it. A CPU doesn't mind, and compiling there
         # needs a C++ compiler.
         self._step = mx.compile(model.step) if mx.default_device() == mx.Device(mx.gpu) else None
@@ -71,26 +74,29 @@ class Engine:
     ) -> Iterator[Step]:
         """Yields up to `max_tokens` tokens; a stop id is yielded, then ends it. Closing the generator cancels.
 
-        `on_prefill(done, total)` is called with prompt tokens after each chunk. Raises InputError for an empty prompt,
-        one that does not fit the context, or ids that are not in the vocabulary.
+        `on_prefill(done, total)` is called with prompt tokens before the first chunk and after each. Raises InputError
+        for an empty prompt, one that does not fit the context, or ids that are not in the vocabulary.
         """
         cfg = self.model.cfg
         if not prompt:
             raise InputError("the prompt is empty; give at least one token of text")
-        if len(prompt) >= cfg.context_length:
+        if len(prompt) >= self.context:
+            limit, advice = "the model's context", "shorten it"
+            if self.context < cfg.context_length:
+                limit, advice = "the context", "shorten it or make the context larger"
             raise InputError(
-                f"the prompt has {len(prompt):,} tokens, the model's context {cfg.context_length:,} with the answer; "
-                "shorten it"
+                f"the prompt has {len(prompt):,} tokens, {limit} {self.context:,} with the answer; {advice}"
             )
         if not all(0 <= token < cfg.vocab_size for token in prompt):
             raise InputError(
                 f"the prompt holds a token id outside 0 to {cfg.vocab_size - 1}; encode it with this file's tokenizer"
             )
-        max_tokens = min(max_tokens, cfg.context_length - len(prompt))
+        max_tokens = min(max_tokens, self.context - len(prompt))
         sampler = Sampler(params, cfg.vocab_size, [prompt])
         stats = self.stats = Stats(prompt_tokens=len(prompt))
         mx.reset_peak_memory()
         start = time.perf_counter()
+        self.cache.expect(len(prompt) + min(max_tokens, len(prompt) // 8 + 1))
         logits = self._prefill(prompt, on_prefill)
         stats.prefill_seconds = time.perf_counter() - start
         if max_tokens < 1:
@@ -123,10 +129,12 @@ class Engine:
     def _prefill(self, prompt: Sequence[int], on_prefill: Callable[[int, int], None]) -> mx.array:
         """Bring the cache to `prompt` and return the logits of its last token, (1, vocabulary)."""
         # The last token is always computed: its logits are wanted.
+        mx.synchronize()  # a step that was cancelled may still be writing its row
         known = _common_prefix(self.tokens, prompt[:-1])
         self.tokens = list(prompt[:known])  # first: Ctrl-C may come between, and rows without a token do no harm
         self.cache.trim(known)
         self.stats.cached_tokens = known
+        on_prefill(known, len(prompt))
         for begin in range(known, len(prompt), self.chunk):
             part = prompt[begin : begin + self.chunk]
             hidden = self.model.hidden_states(mx.array([list(part)], mx.int32), self.cache)

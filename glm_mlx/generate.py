@@ -7,7 +7,7 @@ an early Ctrl-C are answered at once.
 import argparse
 import sys
 
-from glm_mlx.command import Parser, run
+from glm_mlx.command import Parser, context, run
 
 DESCRIPTION = "Generate text with GLM-4.7-Flash, or another model of its architecture, from a GGUF file."
 EXAMPLES = """\
@@ -42,8 +42,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
     text.add_argument("--system", "-s", metavar="TEXT", help="the system message")
     text.add_argument("--chat", action="store_true", help="talk turn by turn; /reset forgets, Ctrl-C stops an answer")
+    text.add_argument("--drop-reasoning", action="store_true", help="in --chat: forget the reasoning of earlier turns")
     text.add_argument("--no-think", action="store_true", help="answer without reasoning first")
     text.add_argument("--raw", action="store_true", help="no chat template: the model continues PROMPT as it stands")
+    text.add_argument(
+        "--context",
+        type=context,
+        metavar="N|auto",
+        help="at most N tokens of prompts and answers together (default auto: as many as memory and model allow)",
+    )
     text.add_argument("--count", "-n", type=int, default=2048, metavar="N", help="at most N tokens (default 2048)")
 
     sampling = parser.add_argument_group("sampling (defaults: the file's own, else temperature 1.0, top-p 0.95)")

@@ -12,10 +12,51 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 
 from glm_mlx import weights
 from glm_mlx.config import Config
-from glm_mlx.gguf import GGUFFile
+from glm_mlx.engine import PREFILL_CHUNK
+from glm_mlx.gguf import GGUFFile, TensorInfo, shown
+from glm_mlx.memory import MemoryPlan, plan_memory
 from glm_mlx.model import Model, activation_dtype
 from glm_mlx.tokenizer import Tokenizer
 from kernels.planes import Weight
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A file of which only the header has been read, and found good. `tensors` are those to load."""
+
+    gguf: GGUFFile
+    config: Config
+    tokenizer: Tokenizer
+    tensors: list[tuple[weights.Expected, TensorInfo]]
+    dtype: mx.Dtype
+    memory: MemoryPlan
+    seconds: float
+
+    def load(self) -> "Loaded":
+        """Read the data, with a progress bar on standard error where that is a terminal.
+
+        Raises InputError, before anything is read, where this machine is too small for `memory`.
+        """
+        start = time.perf_counter()
+        self.memory.check(shown(self.gguf.path))
+        nbytes = sum(info.nbytes for _, info in self.tensors)
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+        console = Console(stderr=True)
+        with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as bar:
+            task = bar.add_task(f"loading {self.gguf.path.name}", total=nbytes)
+            arrays = weights.load(self.gguf, self.config, self.tensors, lambda n: bar.advance(task, n))
+        return Loaded(
+            self.gguf,
+            self.config,
+            self.tokenizer,
+            arrays,
+            Model(self.config, arrays, self.dtype),
+            self.memory,
+            weights.quant_mix(self.tensors),
+            weights.expanded_types(self.tensors),
+            nbytes,
+            self.seconds + time.perf_counter() - start,
+        )
 
 
 @dataclass(frozen=True)
@@ -27,38 +68,28 @@ class Loaded:
     tokenizer: Tokenizer
     weights: Mapping[str, Weight]
     model: Model
+    memory: MemoryPlan
     quant_mix: dict[str, int]
     expanded_types: list[str]
     nbytes: int
     seconds: float
 
 
-def load_model(path: str | Path, dtype: mx.Dtype | None = None) -> Loaded:
-    """Read a model whole, with a progress bar on standard error where that is a terminal.
+def open_model(path: str | Path, dtype: mx.Dtype | None = None, context: int | None = None) -> Opened:
+    """Read a file's header, and plan memory for a context of so many tokens, by default of as many as fit.
 
-    Everything that can be wrong with the file is found before its data are read. Raises InputError.
+    Everything that can be wrong with the file is found here, before its data are read. Raises InputError.
     """
     start = time.perf_counter()
     gguf = GGUFFile(path)
     cfg = Config.from_metadata(gguf.metadata, gguf.tensors)
-    plan = weights.plan(gguf, cfg)
+    tensors = weights.plan(gguf, cfg)
     tokenizer = Tokenizer(gguf.metadata)
-    weights.check_memory(gguf, plan)
-    nbytes = sum(info.nbytes for _, info in plan)
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as bar:
-        task = bar.add_task(f"loading {gguf.path.name}", total=nbytes)
-        arrays = weights.load(gguf, cfg, plan, lambda n: bar.advance(task, n))
-    model = Model(cfg, arrays, dtype or activation_dtype())
-    return Loaded(
-        gguf,
-        cfg,
-        tokenizer,
-        arrays,
-        model,
-        weights.quant_mix(plan),
-        weights.expanded_types(plan),
-        nbytes,
-        time.perf_counter() - start,
-    )
+    dtype = dtype or activation_dtype()
+    memory = plan_memory(cfg, weights.tensors_of(tensors), dtype, PREFILL_CHUNK, context)
+    return Opened(gguf, cfg, tokenizer, tensors, dtype, memory, time.perf_counter() - start)
+
+
+def load_model(path: str | Path, dtype: mx.Dtype | None = None, context: int | None = None) -> Loaded:
+    """`open_model` and `load` in one."""
+    return open_model(path, dtype, context).load()

@@ -216,7 +216,7 @@ def write_model(
     """Write a GGUF file of these tensors (GGUF name, type, data or its blocks) and return the path to open."""
     writer = GGUFWriter(path, "deepseek2", split_max_tensors=split_max_tensors)
     writer.add_name(name)
-    _add(writer, {f"deepseek2.{key}": value for key, value in _metadata(spec).items()})
+    _add(writer, {f"deepseek2.{key}": value for key, value in metadata(spec).items()})
     _add(writer, vocabulary)
     for tensor, kind, data in tensors:
         writer.add_tensor(tensor, data, raw_dtype=GGMLQuantizationType[kind])
@@ -227,7 +227,8 @@ def write_model(
     return min(path.parent.glob(f"{path.stem}-00001-of-*.gguf")) if split_max_tensors else path
 
 
-def _metadata(spec: TinySpec) -> dict[str, int | float | str]:
+def metadata(spec: TinySpec) -> dict[str, int | float | str]:
+    """The keys of the architecture, without its prefix."""
     absorbed = spec.layout != "kv_b"
     qk_head_dim = spec.qk_nope_head_dim + spec.qk_rope_head_dim
     keys: dict[str, int | float | str] = {

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import sys
+import threading
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -16,15 +17,17 @@ from typing import Any
 import mlx.core as mx
 from rich.console import Console
 from rich.filesize import decimal
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
-from glm_mlx.chat import GLM_TEMPLATE, ChatTemplate, Part, ReasoningSplitter, encode_chat
+from glm_mlx.chat import GLM_TEMPLATE, ChatTemplate, Part, ReasoningSplitter
+from glm_mlx.conversation import Conversation
 from glm_mlx.engine import Engine, Step
 from glm_mlx.errors import InputError
 from glm_mlx.gguf import shown
 from glm_mlx.hub import resolve
-from glm_mlx.load import Loaded, load_model
+from glm_mlx.load import Loaded, open_model
 from glm_mlx.model import decode_bytes
 from glm_mlx.sampling import SamplingParams
 from glm_mlx.self_test import leave_broken_kernels
@@ -33,7 +36,7 @@ from glm_mlx.small import SMALL_MODEL
 STDERR = Console(stderr=True, highlight=False, emoji=False)
 CHAT_HELP = "/reset forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C stops an answer"
 BENCHMARK_PROMPT = "Tell me a long story."
-Message = dict[str, Any]
+PATIENCE = 2.0  # seconds that a prompt may take before a progress bar shows how it goes
 
 
 @dataclass
@@ -48,32 +51,32 @@ def run(args: argparse.Namespace) -> int:
     """Raises InputError and KeyboardInterrupt, for `generate.main` to answer."""
     _check(args)
     prompt = None if args.chat else _prompt(args)
-    loaded = load_model(_model_path(args))
-    for line in leave_broken_kernels(loaded.model):
-        STDERR.print(line, markup=False, soft_wrap=True)
-    talk = _Talk(loaded, args, _sampling(args, loaded))
+    opened = open_model(_model_path(args), context=args.context)
     if args.verbose:
-        _describe(loaded, talk.params)
-    if loaded.expanded_types:
-        names = ", ".join(loaded.expanded_types)
-        STDERR.print(f"note: {names} tensors are held as float32, exact but larger and slower")
-    return _chat(talk) if prompt is None else _answer_once(talk, prompt)
+        STDERR.print(opened.memory.table())
+    with opened.memory.limits():
+        loaded = opened.load()
+        for line in leave_broken_kernels(loaded.model):
+            STDERR.print(line, markup=False, soft_wrap=True)
+        talk = _Talk(loaded, args, _sampling(args, loaded))
+        if args.verbose:
+            _describe(loaded, talk.params)
+        if loaded.expanded_types:
+            names = ", ".join(loaded.expanded_types)
+            STDERR.print(f"note: {names} tensors are held as float32, exact but larger and slower")
+        return _chat(talk) if prompt is None else _answer_once(talk, prompt)
 
 
 class _Talk:
-    """A loaded model, the way its chat is encoded, and how its answers are printed."""
+    """A loaded model, a conversation with it, and how its answers are printed."""
 
     def __init__(self, loaded: Loaded, args: argparse.Namespace, params: SamplingParams):
         self.loaded, self.args, self.params = loaded, args, params
-        self.engine = Engine(loaded.model)
-        self.opening: list[Message] = [{"role": "system", "content": args.system}] if args.system else []
+        self.engine = Engine(loaded.model, context=loaded.memory.context)
         source = loaded.gguf.metadata.get("tokenizer.chat_template", GLM_TEMPLATE)
-        self.template = ChatTemplate(source if isinstance(source, str) else GLM_TEMPLATE)
-
-    def encode(self, messages: list[Message]) -> list[int]:
-        # Reasoning stays in the history: dropping it would change the prefix, and the cache would miss from there.
-        return encode_chat(
-            self.loaded.tokenizer, self.template, messages, thinking=not self.args.no_think, clear_thinking=False
+        template = ChatTemplate(source if isinstance(source, str) else GLM_TEMPLATE)
+        self.conversation = Conversation(
+            loaded.tokenizer, template, args.system, not args.no_think, keep_reasoning=not args.drop_reasoning
         )
 
     def encode_raw(self, text: str) -> list[int]:
@@ -106,7 +109,9 @@ class _Talk:
         if not self.args.json:
             if answer.text:
                 print(flush=True)
-            elif answer.finish == "length" and benchmark is None:
+            if len(ids) + len(answer.steps) == self.engine.context:
+                STDERR.print(f"\nthe context of {self.engine.context:,} tokens is full")
+            elif not answer.text and answer.finish == "length" and benchmark is None:
                 STDERR.print("\nno answer yet: it stopped inside the reasoning; raise --count or use --no-think")
         return answer
 
@@ -125,25 +130,47 @@ class _Talk:
 
 
 class _PrefillBar:
-    """A progress bar while a prompt is read, on a terminal and for more than one chunk; gone when it is done."""
+    """A progress bar while a prompt is read, on a terminal, from `PATIENCE` seconds on; gone when it is done."""
 
     def __init__(self) -> None:
-        columns = (TextColumn("reading the prompt"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        columns = (TextColumn("reading the prompt"), BarColumn(), MofNCompleteColumn(), _Speed(), TimeRemainingColumn())
         self.progress = Progress(*columns, console=STDERR, transient=True, disable=not sys.stderr.isatty())
-        self.task = self.progress.add_task("")
+        self.task = self.progress.add_task("", total=None)
+        self.lock, self.is_over = threading.Lock(), False
+        self.timer = threading.Timer(PATIENCE, self._show)  # a chunk may take longer than that
+        self.timer.daemon = True
 
     def update(self, done: int, total: int) -> None:
-        self.progress.update(self.task, completed=done, total=total)
-        if done < total:
-            self.progress.start()
-        else:
+        if self.progress.tasks[0].total is None:
+            # What is in the cache took no time: speed counts from here.
+            self.progress.update(self.task, completed=done, total=total)
+            self.progress.advance(self.task, 0)
+            self.timer.start()
+        self.progress.update(self.task, completed=done)
+        if done == total:
+            self._close()
+
+    def _show(self) -> None:
+        with self.lock:
+            if not self.is_over:
+                self.progress.start()
+
+    def _close(self) -> None:
+        self.timer.cancel()
+        with self.lock:
+            self.is_over = True
             self.progress.stop()
 
     def __enter__(self) -> "_PrefillBar":
         return self
 
     def __exit__(self, *exc: type[BaseException] | BaseException | TracebackType | None) -> None:
-        self.progress.stop()
+        self._close()
+
+
+class _Speed(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text("" if not task.speed else f"{task.speed:,.0f} tok/s")
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -154,6 +181,8 @@ def _check(args: argparse.Namespace) -> None:
         raise InputError(f"benchmark is {args.benchmark}; it must be 2 tokens or more")
     if args.text is not None and args.prompt is not None:
         raise InputError("there are two prompts, PROMPT and --prompt; give one")
+    if args.drop_reasoning and not args.chat:
+        raise InputError("--drop-reasoning is about the turns of --chat; add that or leave it out")
     for option in ("raw", "json", "benchmark"):
         if args.chat and getattr(args, option):
             raise InputError(f"--chat and --{option} do not go together; leave one out")
@@ -204,7 +233,7 @@ def _sampling(args: argparse.Namespace, loaded: Loaded | None) -> SamplingParams
 
 def _answer_once(talk: _Talk, prompt: str) -> int:
     args, loaded = talk.args, talk.loaded
-    ids = talk.encode_raw(prompt) if args.raw else talk.encode([*talk.opening, {"role": "user", "content": prompt}])
+    ids = talk.encode_raw(prompt) if args.raw else talk.conversation.ask(prompt)
     answer = talk.generate(ids)
     if args.json:
         print(json.dumps(_plain(_report(talk, ids, answer)), ensure_ascii=False, allow_nan=False))
@@ -220,7 +249,7 @@ def _chat(talk: _Talk) -> int:
     with suppress(ImportError):  # line editing and history, where Python has them
         import readline  # noqa: F401
     STDERR.print(CHAT_HELP, style="dim")
-    messages = list(talk.opening)
+    conversation = talk.conversation
     asks = sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
     while True:
         try:
@@ -234,18 +263,23 @@ def _chat(talk: _Talk) -> int:
         if text.strip() in ("/exit", "/quit"):
             return 0
         if text.strip() == "/reset":
-            messages = list(talk.opening)
+            conversation.reset()
             STDERR.print("the conversation is forgotten", style="dim")
             continue
         if not text.strip():
             continue
-        turn: list[Message] = [*messages, {"role": "user", "content": text}]
         try:
-            answer = talk.generate(talk.encode(turn))
+            prompt = conversation.ask(text)
+            answer = talk.generate(prompt)
+            if not answer.steps:
+                STDERR.print("stopped before there was an answer; this turn is forgotten", style="dim")
+                continue
+            conversation.add(text, prompt, [step.token for step in answer.steps], answer.reasoning, answer.text)
+        except KeyboardInterrupt:  # before or after an answer
+            continue
         except InputError as error:  # too long for the context, say: the conversation before this turn stays
             STDERR.print(f"error: {error}", markup=False, soft_wrap=True)
             continue
-        messages = [*turn, {"role": "assistant", "content": answer.text, "reasoning_content": answer.reasoning}]
         if talk.args.verbose:
             _figures(talk.engine)
 

@@ -11,13 +11,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import mlx.core as mx
-import psutil
 from gguf.constants import GGMLQuantizationType
 
 from glm_mlx.config import Config
 from glm_mlx.errors import InputError
 from glm_mlx.gguf import GGUFFile, TensorInfo, shown
-from glm_mlx.packing import pack, packed_nbytes
+from glm_mlx.memory import Tensor
+from glm_mlx.memory import available_memory as available_memory  # bench/ takes it from here
+from glm_mlx.packing import pack
 from kernels.planes import QUANT_TYPES, QuantizedTensor, Weight, dequantize_ops
 
 RELEASE_BYTES = 1 << 23  # pages of the file are given back, and progress is told, every 8 MB
@@ -153,23 +154,9 @@ def expanded_types(pairs: list[tuple[Expected, TensorInfo]]) -> list[str]:
     return sorted({info.type.name for _, info in pairs if info.type.name in EXPANDED_TYPES})
 
 
-def check_memory(gguf: GGUFFile, pairs: list[tuple[Expected, TensorInfo]]) -> None:
-    """Raises InputError where the weights do not fit this machine."""
-    needed, available = sum(packed_nbytes(info.type, info.shape) for _, info in pairs), available_memory()
-    if needed > available:
-        raise InputError(
-            f"{shown(gguf.path)} needs {needed / 1e9:.1f} GB of memory, this machine has {available / 1e9:.1f} GB to "
-            "give; close other programs or take a smaller quantisation"
-        )
-
-
-def available_memory() -> int:
-    """Bytes that weights may take: Metal's recommended working set, a CUDA device's free memory, else free RAM."""
-    device = mx.device_info()
-    for key in ("max_recommended_working_set_size", "free_memory"):
-        if key in device:
-            return int(device[key])
-    return int(psutil.virtual_memory().available)
+def tensors_of(pairs: list[tuple[Expected, TensorInfo]]) -> list[Tensor]:
+    """What the memory plan counts."""
+    return [Tensor(expected.source, info.type, expected.shape) for expected, info in pairs]
 
 
 def load(

@@ -22,6 +22,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--device", choices=("cpu", "gpu"), default="cpu", help="where MLX runs: cpu (what CI proves), or gpu"
     )
+    parser.addoption(
+        "--soak-tokens", type=int, default=0, metavar="N", help="generate so many where memory is watched (100000)"
+    )
     parser.addoption("--errors-to", metavar="FILE", help="write the worst errors and the conditions as JSON")
 
 

@@ -18,16 +18,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import mlx.core as mx
 import pytest
 from gguf.constants import GGMLQuantizationType
 
-from glm_mlx import weights
+from glm_mlx import memory, weights
 from glm_mlx.config import Config
-from glm_mlx.engine import Engine
+from glm_mlx.engine import PREFILL_CHUNK, Engine
 from glm_mlx.errors import InputError
 from glm_mlx.gguf import MAX_HEADER, GGUFFile
-from glm_mlx.load import Loaded, load_model
+from glm_mlx.load import Loaded, load_model, open_model
 from glm_mlx.make_tiny import TinySpec
+from glm_mlx.memory import plan_memory
 from glm_mlx.model import Model
 from glm_mlx.sampling import SamplingParams
 from glm_mlx.tokenizer import Tokenizer
@@ -336,7 +338,7 @@ UNREAD = {KEY + "attention.head_count_kv", KEY + "vocab_size"}
 def plan(gguf: GGUFFile) -> tuple[Config, Any]:
     cfg = Config.from_metadata(gguf.metadata, gguf.tensors)
     pairs = weights.plan(gguf, cfg)
-    weights.check_memory(gguf, pairs)
+    plan_memory(cfg, weights.tensors_of(pairs), mx.float32, PREFILL_CHUNK).check("the file")
     return cfg, pairs
 
 
@@ -816,7 +818,7 @@ def larger_than_the_machine(folder: Path, file: File) -> Path:
 def test_a_model_larger_than_the_machine_is_refused_before_it_is_read(good: Make, tmp_path: Path) -> None:
     """The message says what it needs and what there is."""
     path = larger_than_the_machine(tmp_path, good("GLM"))
-    available = weights.available_memory()
+    available = memory.available_memory()
     found = re.search(r"needs ([\d.]+) GB of memory, this machine has ([\d.]+) GB to give; ", refusal(path))
     assert found
     assert 500 < float(found[1]) < path.stat().st_size / 1e9
@@ -826,14 +828,30 @@ def test_a_model_larger_than_the_machine_is_refused_before_it_is_read(good: Make
 def test_a_model_may_take_all_the_memory_there_is_and_no_byte_more(
     good: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Of memory for weights, cache and scratch. Too much is refused before it is read, with what would fit."""
     path = good("GLM").write(tmp_path / "file.gguf")
     loaded = load_model(path)
-    needed = sum(plane.nbytes for weight in loaded.weights.values() for plane in planes(weight))
-    monkeypatch.setattr(weights, "available_memory", lambda: needed)
-    load_model(path)
-    monkeypatch.setattr(weights, "available_memory", lambda: needed - 1)
+    held = sum(plane.nbytes for weight in loaded.weights.values() for plane in planes(weight))
+    most, least = loaded.config.context_length, min(memory.LEAST_CONTEXT, loaded.config.context_length)
+    assert (loaded.memory.weights, loaded.memory.context) == (held, most)
+    machine(monkeypatch, loaded.memory.total)
+    assert load_model(path).memory.context == most
     monkeypatch.setattr(weights, "load", None)
+    machine(monkeypatch, loaded.memory.total - 1)
+    refused = attempt(lambda: load_model(path, context=most))
+    fits = re.search(rf"context of {most:,} tokens needs .*; --context (\d+) would fit", str(refused))
+    assert fits
+    assert open_model(path).memory.context == open_model(path, context=int(fits[1])).memory.largest == int(fits[1])
+    assert least <= int(fits[1]) < most
+    machine(monkeypatch, open_model(path, context=least).memory.total - 1)
     assert "close other programs or take a smaller quantisation" in refusal(path)
+    machine(monkeypatch, held - 1)
+    assert "close other programs or take a smaller quantisation" in refusal(path)
+
+
+def machine(monkeypatch: pytest.MonkeyPatch, room: int) -> None:
+    """From now on there is so much memory."""
+    monkeypatch.setattr(memory, "machine_memory", lambda: (room, "a test"))
 
 
 # Ten thousand seeded faults

@@ -21,6 +21,7 @@ from unittest import mock
 import mlx.core as mx
 import psutil
 import pytest
+from rich.filesize import decimal
 
 from glm_mlx import checkup, doctor, generate, self_test
 from glm_mlx.cache import STEP
@@ -516,9 +517,10 @@ def _few(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kernels.check.TIMED_SECONDS", 0.0)
 
 
-def table(out: str) -> list[list[str]]:
-    """The cells of every row."""
-    return [[cell.strip() for cell in line.strip("│").split("│")] for line in out.splitlines() if line.startswith("│")]
+def table(out: str, columns: int = 7) -> list[list[str]]:
+    """The cells of every row, of the table with so many columns."""
+    rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in out.splitlines() if line.startswith("│")]
+    return [row for row in rows if len(row) == columns]
 
 
 @pytest.mark.usefixtures("_few")
@@ -597,6 +599,49 @@ def test_on_a_cpu_doctor_shows_the_twins(capsys: pytest.CaptureFixture[str]) -> 
     assert doctor.main(["--compile-only"]) == 1, "nothing was compiled"
 
 
+@pytest.mark.usefixtures("_few")
+@pytest.mark.parametrize(
+    ("room", "context", "says"),
+    [
+        (30e9, [], None),
+        (60e9, ["--context", "202752"], "202,752"),
+        (60e9, ["--context", "4096"], "4,096"),
+        (5e9, [], "512"),  # it does not fit, which is no failure of a kernel
+    ],
+)
+def test_doctor_says_what_of_the_real_model_fits(
+    room: float,
+    context: list[str],
+    says: str | None,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """GLM-4.7-Flash in Q4_0, without its file: 16.95 GB, as llama-quantize makes it, but for the header."""
+    monkeypatch.setattr("glm_mlx.memory.machine_memory", lambda: (int(room), "a test"))
+    file = tmp_path / "doctor.json"
+    assert doctor.main([*context, "--json", str(file)]) == 0
+    out = capsys.readouterr().out
+    rows = dict(table(out, 2))
+    plan = json.loads(file.read_text())["memory"]
+    assert "GLM-4.7-Flash in Q4_0" in out
+    assert rows["weights"] == "16.9 GB"
+    assert plan["weights"] == pytest.approx(16.95e9, rel=0.001)
+    assert f"cache of {says or format(plan['largest'], ',')} tokens" in rows
+    assert rows["a test"] == f"{room / 1e9:.1f} GB"
+    assert rows["largest context that fits"] == ("none" if room < 6e9 else f"{plan['largest']:,} tokens")
+
+
+@pytest.mark.usefixtures("_few")
+def test_doctor_plans_for_a_file(model_file: MakeModel, capsys: pytest.CaptureFixture[str]) -> None:
+    path = model_file(SPEC)
+    assert doctor.main(["--model", str(path), "--context", "1000"]) == 0
+    out = capsys.readouterr().out
+    assert "GLM-4.7-Flash" not in out
+    assert dict(table(out, 2))["weights"] == decimal(load_model(path).memory.weights)
+    assert "cache of 1,000 tokens" in out
+
+
 @NO_GPU
 def test_the_whole_table_on_this_cpu(tmp_path: Path) -> None:
     file = tmp_path / "doctor.json"
@@ -624,7 +669,14 @@ def test_help_says_what_the_exit_codes_mean() -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
-    [(["--fast"], "--fast"), (["--json", "/no/such/folder/x.json"], "/no/such/folder/x.json"), (["--json", "."], ".")],
+    [
+        (["--fast"], "--fast"),
+        (["--model", "/no/such.gguf"], "/no/such.gguf"),
+        (["--context", "few"], "few"),
+        (["--context", "300000"], "202752"),
+        (["--json", "/no/such/folder/x.json"], "/no/such/folder/x.json"),
+        (["--json", "."], "."),
+    ],
 )
 def test_what_cannot_be_used_gets_one_line_before_any_work(
     arguments: list[str], says: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

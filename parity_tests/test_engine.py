@@ -3,6 +3,7 @@
 import mlx.core as mx
 import pytest
 
+from glm_mlx.cache import STEP
 from glm_mlx.engine import Engine, Step
 from glm_mlx.errors import InputError
 from glm_mlx.make_tiny import TinySpec
@@ -91,14 +92,47 @@ def test_only_what_differs_from_the_last_prompt_is_computed(model: Model) -> Non
 def test_prefill_is_reported_chunk_by_chunk(model: Model) -> None:
     seen: list[tuple[int, int]] = []
     list(Engine(model, chunk=4).generate(tokens(10), GREEDY, 1, on_prefill=lambda *at: seen.append(at)))
-    assert seen == [(4, 10), (8, 10), (10, 10)]
+    assert seen == [(0, 10), (4, 10), (8, 10), (10, 10)]
 
 
-def test_the_context_is_the_limit(model: Model) -> None:
-    """64 tokens of context: an answer ends there, a prompt that leaves no room is refused."""
-    assert len(generate(Engine(model), tokens(60), 100)) == 4
-    with pytest.raises(InputError, match="64"):
-        generate(Engine(model), tokens(64), 1)
+def test_a_prompt_is_allocated_at_once(model_file: MakeModel) -> None:
+    """With room for an answer to begin in: no chunk copies those before it, nor does the first token."""
+    sizes: list[int] = []
+    engine = Engine(load_whole(model_file(TinySpec(context_length=4000))), chunk=STEP)
+
+    def note(done: int, total: int) -> None:
+        if done:
+            assert engine.cache.rows[0] is not None
+            sizes.append(engine.cache.rows[0].shape[1])
+
+    for step in engine.generate(tokens(5 * STEP), GREEDY, 2, on_prefill=note):
+        note(step.position, 0)
+    assert sizes == [6 * STEP] * 7
+
+
+def test_ctrl_c_in_a_prompt_keeps_the_chunks_that_were_read(model: Model) -> None:
+    engine, prompt = Engine(model, chunk=4), tokens(15)
+
+    def stop(done: int, total: int) -> None:
+        if done == 8:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        list(engine.generate(prompt, GREEDY, 4, on_prefill=stop))
+    assert generate(engine, prompt, 4) == greedy_by_hand(model, prompt, 4)
+    assert engine.stats.cached_tokens == 8
+
+
+@pytest.mark.parametrize("context", [64, 20])
+def test_the_context_is_the_limit(model: Model, context: int) -> None:
+    """The model's 64 tokens, or fewer by choice: an answer ends there, a prompt that leaves no room is refused."""
+    engine = Engine(model, context=context)
+    assert len(generate(engine, tokens(context - 4), 100)) == 4
+    with pytest.raises(InputError, match=f"{context}.*larger" if context < 64 else f"model's context {context}"):
+        generate(engine, tokens(context), 1)
+    with pytest.raises(InputError, match="full"):
+        engine.cache.reserve(2)  # the last token of an answer is not cached
+    assert Engine(model, context=1000).context == 64
 
 
 @pytest.mark.parametrize(("prompt", "says"), [([], "empty"), ([5, 99999], "outside"), ([-1], "outside")])

@@ -9,12 +9,15 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 
-from glm_mlx import generate
+from glm_mlx import generate, memory, session, weights
 from glm_mlx.gguf import GGUFFile
+from glm_mlx.load import open_model
 from glm_mlx.make_tiny import TinySpec
 from glm_mlx.tokenizer import Tokenizer
 from parity_tests.conftest import MakeModel
@@ -115,8 +118,10 @@ def test_help_names_every_option_and_starts_at_once() -> None:
         "--model",
         "--chat",
         "--system",
+        "--drop-reasoning",
         "--no-think",
         "--raw",
+        "--context",
         "--benchmark",
         "--json",
         "--verbose",
@@ -138,6 +143,11 @@ def test_help_names_every_option_and_starts_at_once() -> None:
         (["x", "--seed", "-3"], "seed is -3"),
         (["x", "--count", "0"], "count is 0"),
         (["x", "--benchmark", "1"], "benchmark is 1"),
+        (["x", "--context", "0"], "context is 0"),
+        (["x", "--context", "4097"], "4096"),
+        (["x", "--context", "all"], "all"),
+        (["x", "--context", "2"], "context 2"),
+        (["x", "--drop-reasoning"], "--chat"),
         (["x", "--logit-bias", "a=b"], "a=b"),
         (["x", "--logit-bias", "99999=1"], "99999"),
         (["x", "--logprobs", "2"], "--json"),
@@ -252,11 +262,11 @@ def test_a_reader_that_stops_early_is_no_error(model: str) -> None:
 class Terminal:
     """The command on a terminal of its own."""
 
-    def __init__(self, *arguments: str):
+    def __init__(self, *arguments: str, command: Sequence[str] = COMMAND):
         self.process, self.end = pty.fork()
         if self.process == 0:
             os.chdir(ROOT)
-            os.execv(sys.executable, [*COMMAND, *arguments])
+            os.execv(sys.executable, [*command, *arguments])
         self.seen = ""
 
     def wait_for(self, pattern: str, seconds: float = 30, press: str = "") -> str:
@@ -309,6 +319,107 @@ def test_chat_answers_resets_and_survives_ctrl_c(model: str) -> None:
     chat.type("\x04")
     assert chat.exit_code() == 0
     assert "Traceback" not in chat.seen
+
+
+IMPATIENT = """
+import sys
+from glm_mlx import generate, session
+session.PATIENCE = 0
+sys.exit(generate.main())
+"""
+
+
+def test_ctrl_c_in_a_long_prompt_keeps_the_chat_and_what_was_read(model: str) -> None:
+    """It stops after the chunk in hand; a bar has shown how it goes. A turn without an answer leaves no trace."""
+    system = "The cat runs over the house and the dog runs under it. " * 70
+    arguments = ("-m", model, "--chat", "--no-think", "-n", "20", "--verbose", "--system", system)
+    chat = Terminal(*arguments, command=(sys.executable, "-c", IMPATIENT))
+    chat.wait_for("> ")
+    chat.type("Hello\n")
+    seen = chat.wait_for(r" \d+ tok/s .*\d:\d\d")
+    assert re.search(r"reading the prompt .* (512|1024)/1\d{3}", seen)
+    chat.type("\x03")
+    chat.wait_for("this turn is forgotten(.|\n)*> ")
+    assert chat.seen.rfind("\x1b[?25l") < chat.seen.rfind("\x1b[?25h"), "the cursor stays hidden"
+    chat.type("Hello\n")
+    figures = re.search(r"prompt ([\d,]+) tokens \(([\d,]+) cached\)", chat.wait_for(r"peak memory (.|\n)*> "))
+    assert figures
+    assert int(figures[1].replace(",", "")) > 1536
+    assert int(figures[2].replace(",", "")) in (512, 1024)
+    chat.type("\x04")
+    assert chat.exit_code() == 0
+    assert "Traceback" not in chat.seen
+
+
+def test_a_short_prompt_has_no_bar(model: str) -> None:
+    chat = Terminal("-m", model, "Hello", "--no-think", "-n", "5")
+    chat.wait_for("peak memory")
+    assert chat.exit_code() == 0
+    assert "reading the prompt" not in chat.seen
+
+
+def turns(*arguments: str) -> list[tuple[int, int]]:
+    """Tokens of the prompt, and of those in the cache, for three turns with the small model."""
+    talk = b"What is 47 + 38?\nWhat is 12 + 9?\nHello\n"
+    done = run("--chat", "--temp", "0", "--verbose", *arguments, stdin=talk)
+    assert done.returncode == 0
+    found = re.findall(rb"prompt (\d+) tokens(?: \((\d+) cached\))?", done.stderr)
+    assert len(found) == 3
+    return [(int(prompt), int(cached or 0)) for prompt, cached in found]
+
+
+def test_a_turn_of_a_chat_computes_only_what_it_adds() -> None:
+    """Reasoning and all, by the figures of --verbose; with --drop-reasoning each answer is read again without it."""
+    kept, dropped = turns(), turns("--drop-reasoning")
+    new = [prompt - cached for prompt, cached in kept]
+    assert new[0] == kept[0][0] == dropped[0][0]
+    assert new[1] < new[0], "the second question is as long as the first, which had a system prompt before it"
+    assert new[2] < new[1]
+    assert all(kept[n][1] >= kept[n - 1][0] for n in (1, 2))
+    assert dropped[2][0] < kept[2][0] - 20
+    assert dropped[0][0] - 2 <= dropped[1][1] <= dropped[0][0]
+
+
+def test_the_memory_plan_comes_before_the_weights(
+    model: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert generate.main(["-m", model, "Hi", "-n", "2", "--context", "1000", "--verbose"]) == 0
+    err = capfd.readouterr().err
+    assert 0 < err.index("cache of 1,000 tokens") < err.index("loaded in")
+    room = open_model(model, context=1000).memory.total
+    monkeypatch.setattr(memory, "machine_memory", lambda: (room, "a test"))
+    monkeypatch.setattr(weights, "load", None)
+    assert generate.main(["-m", model, "Hi", "--context", "1001"]) == 2
+    err = capfd.readouterr().err
+    assert re.fullmatch(r"error: a context of 1,001 tokens needs .*; --context 1\d{3} would fit\n", err)
+
+
+def test_a_context_that_is_full_ends_the_answer_and_says_so(model: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert generate.main(["-m", model, "Hi", "-n", "2000", "--context", "60", *never_stops(model)]) == 0
+    err = capfd.readouterr().err
+    assert "the context of 60 tokens is full" in err
+    used = re.search(r"prompt (\d+) tokens.* answer (\d+) tokens", err)
+    assert used
+    assert int(used[1]) + int(used[2]) == 60
+
+
+def test_the_limits_of_the_memory_plan_hold_while_it_runs_and_no_longer(
+    model: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, during = cache_limit(), []
+    monkeypatch.setattr(session.Engine, "generate", lambda *rest: iter(during.append(cache_limit()) or ()))
+    assert generate.main(["-m", model, "Hi", "--context", "100"]) == 0
+    assert during[0] != before == cache_limit()
+    monkeypatch.setattr(session, "leave_broken_kernels", None)  # so that it fails
+    with pytest.raises(TypeError):
+        generate.main(["-m", model, "Hi"])
+    assert cache_limit() == before
+
+
+def cache_limit() -> int:
+    limit = mx.set_cache_limit(0)
+    mx.set_cache_limit(limit)
+    return limit
 
 
 def test_the_terminal_is_left_as_it_was_after_ctrl_c(model: str) -> None:

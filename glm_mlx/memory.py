@@ -1,0 +1,238 @@
+"""What a model takes of a machine's memory, worked out from a file's header before any of its data are read."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import psutil
+from gguf.constants import GGMLQuantizationType
+from rich.filesize import decimal
+from rich.table import Table
+
+from glm_mlx.cache import whole_steps
+from glm_mlx.config import Config
+from glm_mlx.errors import InputError
+from glm_mlx.packing import packed_nbytes
+
+LEAST_CONTEXT = 512  # tokens; a machine that has no room for more is too small for the model
+MOST_KEPT = 256 << 20  # bytes of freed buffers that MLX may always keep for the next operation
+# Bytes beside each value of a weight while it multiplies a prompt: scales and biases in float32 for groups of 32, for
+# Q6_K twice for groups of 16, and all values in float32 for types that MLX's affine form cannot hold. Those of K-quants
+# and IQ4_NL are what was measured, with what stands on the way there.
+BESIDE = dict.fromkeys(("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"), 0.28) | {
+    "Q4_K": 0.45,
+    "Q5_K": 0.45,
+    "Q6_K": 0.8,
+    "IQ4_NL": 6.7,
+    "F16": 4.2,
+    "BF16": 4.2,
+}
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """What a header says of a tensor that is going to be loaded: GGUF's name, type, shape in numpy order."""
+
+    name: str
+    type: GGMLQuantizationType
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """In bytes. `cache` is that of `context` tokens; `scratch` what a chunk of a prompt takes at the end of it.
+
+    `kept` are freed buffers that MLX holds for the next operation. `available` is what the machine has to give, and
+    `source` what that is. `largest`: the largest context that fits, 0 if none does.
+    """
+
+    context: int
+    weights: int
+    cache: int
+    scratch: int
+    kept: int
+    available: int
+    source: str
+    largest: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.cache + self.scratch + self.kept
+
+    @property
+    def fits(self) -> bool:
+        return self.total <= self.available
+
+    def check(self, name: str) -> None:
+        """Raises InputError where it does not fit, with the largest context that does."""
+        if self.fits:
+            return
+        room = f"this machine has {decimal(self.available)} to give"
+        if self.largest >= min(LEAST_CONTEXT, self.context):
+            raise InputError(
+                f"a context of {self.context:,} tokens needs {decimal(self.total)} of memory, {room}; "
+                f"--context {self.largest} would fit"
+            )
+        needed = self.weights if self.weights > self.available else self.total
+        raise InputError(
+            f"{name} needs {decimal(needed)} of memory, {room}; close other programs or take a smaller quantisation"
+        )
+
+    def table(self, title: str | None = None) -> Table:
+        table = Table("memory", "size", title=title)
+        table.columns[1].justify = "right"
+        style = "" if self.fits else "bold red"
+        table.add_row("weights", decimal(self.weights))
+        table.add_row(f"cache of {self.context:,} tokens", decimal(self.cache))
+        table.add_row("scratch, while a prompt is read", decimal(self.scratch + self.kept), end_section=True)
+        table.add_row("together", decimal(self.total), style=style)
+        table.add_row(self.source, decimal(self.available), style=style, end_section=True)
+        table.add_row("largest context that fits", f"{self.largest:,} tokens" if self.largest else "none")
+        return table
+
+    @contextmanager
+    def limits(self) -> Iterator[None]:
+        """MLX's limits as planned, until the end of the block.
+
+        Freed buffers are kept up to what a chunk of a prompt frees, where there is room for that (MLX by itself keeps
+        as much as the machine has). On Metal, from macOS 15 on, as much is wired as the plan counts: the system then
+        leaves it in memory between two answers.
+        """
+        on_metal = mx.metal.is_available() and mx.default_device() == mx.Device(mx.gpu)
+        cache_limit = mx.set_cache_limit(min(self.scratch, self.kept + max(0, self.available - self.total)))
+        wired_limit = mx.set_wired_limit(min(self.total, self.available)) if on_metal else 0
+        try:
+            yield
+        finally:
+            mx.synchronize()  # what is still running needs its buffers
+            if on_metal:
+                mx.set_wired_limit(wired_limit)
+            mx.set_cache_limit(cache_limit)
+
+
+def plan_memory(
+    cfg: Config, tensors: Iterable[Tensor], dtype: mx.Dtype, chunk: int, context: int | None = None
+) -> MemoryPlan:
+    """For activations of `dtype` and prompts in chunks of so many tokens. Whether it fits is for `check` to say.
+
+    context None: the largest that fits this machine and the model, or LEAST_CONTEXT if that does not fit. Raises
+    InputError for a context that the model was not made for.
+    """
+    if context is not None and not 1 <= context <= cfg.context_length:
+        raise InputError(f"context is {context}; it must be 1 to {cfg.context_length}, which the model was made for")
+    tensors = list(tensors)
+    weights = sum(_held_nbytes(cfg, tensor) for tensor in tensors)
+    beside = _beside_weights(tensors)
+    available, source = machine_memory()
+
+    def plan(tokens: int, largest: int = 0) -> MemoryPlan:
+        cache = cfg.num_layers * whole_steps(tokens) * cfg.cache_dim * dtype.size
+        scratch = _scratch_nbytes(cfg, beside, dtype, chunk, tokens)
+        return MemoryPlan(tokens, weights, cache, scratch, min(scratch, MOST_KEPT), available, source, largest)
+
+    largest = _last(lambda tokens: plan(tokens).fits, cfg.context_length)
+    if context is None:
+        context = max(largest, min(LEAST_CONTEXT, cfg.context_length))
+    return plan(context, largest)
+
+
+def _last(holds: Callable[[int], bool], most: int) -> int:
+    """The last of 1 to `most` for which something holds that holds up to some number; 0 if for none."""
+    low, high = 0, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle - 1)
+    return low
+
+
+def _held_nbytes(cfg: Config, tensor: Tensor) -> int:
+    """Bytes of the weights that `glm_mlx.weights` makes of a tensor."""
+    nbytes = packed_nbytes(tensor.type, tensor.shape)
+    if len(tensor.shape) == 1:
+        return 4 * tensor.shape[0]
+    if tensor.name.endswith("attn_kv_b.weight"):  # k_b becomes float32
+        heads, rows, latent = tensor.shape
+        return nbytes * cfg.v_head_dim // rows + 4 * heads * cfg.qk_nope_head_dim * latent
+    return nbytes
+
+
+def _beside_weights(tensors: Iterable[Tensor]) -> int:
+    """Bytes that stand beside the weights of one feed-forward layer, or of the head, while they multiply a prompt.
+
+    The layers take turns, but MLX prepares all matrices of one together. Those of attention are small.
+    """
+    sums: dict[str, float] = {}
+    for tensor in tensors:
+        block, _, name = tensor.name.rpartition(".ffn_")
+        if len(tensor.shape) > 1 and (block or not name.startswith("blk.")):
+            values = packed_nbytes(GGMLQuantizationType.F32, tensor.shape) // 4
+            sums[block or name] = sums.get(block or name, 0) + BESIDE.get(tensor.type.name, 0) * values
+    return int(max(sums.values(), default=0))
+
+
+def _scratch_nbytes(cfg: Config, beside: int, dtype: mx.Dtype, chunk: int, context: int) -> int:
+    """The most that is alive at once, beside weights and cache, while the last chunk of a prompt is computed.
+
+    Attention: the scores of a layer, H * L * S, in float32 and twice (masked and not), the cached rows in float32, and
+    queries and their results. Feed-forward: the hidden values, and what stands beside the weights. Both, as MLX may
+    prepare the one while the other runs. Or, where that is more, one layer of the cache a second time, as it grows.
+    Held to what MLX measures in `parity_tests/test_memory.py`: at real widths, on a CPU.
+    """
+    tokens = min(chunk, context)
+    number = 4 if dtype == mx.float32 else 7  # values in 16 bits have a copy in float32 beside them, for a while
+    heads, row, hidden = cfg.num_heads, cfg.cache_dim, cfg.hidden_size
+    attention = 2 * 4 * heads * tokens * context + 2 * 4 * row * context + number * tokens * heads * 2 * row
+    experts = cfg.num_experts_per_tok * 5 * (cfg.moe_intermediate_size + hidden)
+    feed_forward = beside + number * tokens * max(5 * cfg.intermediate_size, experts)
+    return max(attention + feed_forward, context * row * dtype.size)
+
+
+def machine_memory() -> tuple[int, str]:
+    """Bytes that a model may take where MLX runs, and what they are."""
+    device = mx.device_info()
+    if "max_recommended_working_set_size" in device:
+        return int(device["max_recommended_working_set_size"]), "Metal's recommended working set"
+    if "free_memory" in device:  # of all processes together where NVML is there
+        return int(device["free_memory"]), "free memory of the GPU"
+    free, group = psutil.virtual_memory().available, _cgroup_room()
+    if group is not None and group < free:
+        return max(0, group), "left of this container's memory limit"
+    return free, "free RAM"
+
+
+def available_memory() -> int:
+    return machine_memory()[0]
+
+
+def _cgroup_room(groups: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Bytes that Linux lets this process and its group take, by the tightest of the groups around it; None: no limit.
+
+    Both versions of control groups, https://docs.kernel.org/admin-guide/cgroup-v2.html and cgroup-v1/memory.html. Pages
+    of files count as used there, but make room when asked.
+    """
+    try:
+        lines = [line.split(":", 2) for line in groups.read_text().splitlines()]
+    except OSError:  # not Linux
+        return None
+    rooms = []
+    for _, controllers, path in lines:
+        if controllers == "":
+            top, limit, used, stat = mount, "memory.max", "memory.current", ""
+        elif "memory" in controllers.split(","):
+            top, limit, used, stat = mount / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"
+        else:
+            continue
+        folder = top / path.lstrip("/")
+        while True:  # within a container the outer groups, or its own path, may not be there to see
+            try:
+                pages = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                files = int(pages[f"{stat}inactive_file"]) + int(pages[f"{stat}active_file"])
+                rooms.append(int((folder / limit).read_text()) - int((folder / used).read_text()) + files)
+            except (OSError, ValueError, KeyError):  # ValueError: "max", which is no limit
+                pass
+            if folder == top:
+                break
+            folder = folder.parent
+    return min(rooms, default=None)

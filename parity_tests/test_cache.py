@@ -1,0 +1,106 @@
+"""The cache of one conversation: how it grows, what growing costs, where it ends."""
+
+from collections.abc import Callable
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from glm_mlx.cache import STEP, LatentCache
+from glm_mlx.errors import InputError
+
+
+def filled(rows: int, layers: int = 2, width: int = 8, limit: int | None = None) -> LatentCache:
+    """Row i of every layer holds i."""
+    cache = LatentCache(layers, width, mx.float32, limit)
+    append(cache, rows)
+    return cache
+
+
+def append(cache: LatentCache, count: int) -> None:
+    at = mx.arange(cache.offset, cache.offset + count)[None, :, None]
+    for layer in range(len(cache.rows)):
+        cache.update(layer, mx.zeros((1, count, cache.width)) + at)
+    cache.advance(count)
+
+
+def by_step(cache: LatentCache, count: int) -> None:
+    """As a traced step does: whole arrays out, whole arrays in."""
+    for _ in range(count):
+        rows = cache.reserve(1)
+        for array in rows:
+            array[:, cache.offset] = cache.offset
+        cache.take(rows, 1)
+
+
+def by_update(cache: LatentCache, count: int) -> None:
+    for _ in range(count):
+        append(cache, 1)
+
+
+def sizes(cache: LatentCache) -> set[int]:
+    return {0 if rows is None else rows.shape[1] for rows in cache.rows}
+
+
+def assert_rows(cache: LatentCache) -> None:
+    for rows in cache.rows:
+        np.testing.assert_array_equal(np.array(rows)[0, : cache.offset, -1], np.arange(cache.offset))
+
+
+@pytest.mark.parametrize("grow", [by_step, by_update])
+def test_a_long_answer_copies_few_rows_for_each_new_one(grow: Callable[[LatentCache, int], None]) -> None:
+    """Not all of them every few hundred tokens: the square of the length would be copied."""
+    cache, copied, before = filled(1), 0, STEP
+    while cache.offset < 32 * STEP:
+        grow(cache, STEP // 4)
+        (now,) = sizes(cache)
+        copied += before if now > before else 0
+        assert now - cache.offset < STEP + now // 8, "more than it will need"
+        before = now
+    assert copied < 8 * cache.offset
+    assert_rows(cache)
+
+
+def test_what_is_expected_is_made_at_once() -> None:
+    """A prompt in chunks: its length is known at the first, and no chunk copies those before it."""
+    cache = filled(3)
+    cache.expect(20 * STEP + 1)
+    append(cache, STEP)
+    assert sizes(cache) == {21 * STEP}
+    first = [rows for rows in cache.rows if rows is not None]
+    for _ in range(19):
+        append(cache, STEP)
+    assert all(a is b for a, b in zip(first, cache.rows, strict=True))
+    assert_rows(cache)
+
+
+@pytest.mark.parametrize("grow", [by_step, by_update])
+def test_growing_takes_the_memory_of_one_layer_more_and_not_of_all(grow: Callable[[LatentCache, int], None]) -> None:
+    cache = filled(4 * STEP, layers=16, width=256)
+    mx.eval(cache.rows)
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    others = mx.get_active_memory() - cache.nbytes
+    grow(cache, 1)
+    mx.eval(cache.rows)
+    assert sizes(cache) == {5 * STEP}
+    assert mx.get_peak_memory() - others < 1.15 * cache.nbytes
+    assert mx.get_cache_memory() < cache.nbytes / 16, "MLX keeps what was too small"
+
+
+@pytest.mark.parametrize("limit", [STEP - 56, 2 * STEP, 2 * STEP + 1])
+def test_a_full_cache_is_refused_and_stays_as_it_was(limit: int) -> None:
+    """By `reserve` too: before the launch of a kernel that would write behind the arrays' end."""
+    cache = filled(limit - 1, limit=limit)
+    cache.expect(100 * STEP)
+    by_step(cache, 1)
+    assert sizes(cache) == {-(-limit // STEP) * STEP}
+    for grow in (by_step, by_update):
+        with pytest.raises(InputError, match=f"context of {limit} tokens is full"):
+            grow(cache, 1)
+    assert cache.offset == limit
+    assert_rows(cache)
+    cache.trim(5)
+    by_update(cache, 2)
+    assert cache.offset == 7
+    assert_rows(cache)

@@ -1,0 +1,222 @@
+"""The memory plan against what MLX measures, and against machines that are described to it."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import psutil
+import pytest
+
+from glm_mlx import memory
+from glm_mlx.engine import Engine
+from glm_mlx.errors import InputError
+from glm_mlx.load import load_model, open_model
+from glm_mlx.make_tiny import GLM_FLASH, TinySpec
+from glm_mlx.memory import plan_memory
+from glm_mlx.sampling import SamplingParams
+from glm_mlx.small import SMALL_MODEL
+from glm_mlx.weights import tensors_of
+from parity_tests.conftest import MakeModel
+from parity_tests.variants import VARIANTS
+
+FEW_EXPERTS = replace(GLM_FLASH, num_experts=8, intermediate_size=2048)  # the real widths
+PROMPTS: dict[str, tuple[TinySpec, int, int]] = {  # file, chunk, tokens before the chunk
+    "weights beside": (FEW_EXPERTS, 16, 0),
+    "weights beside, Q6_K": (replace(FEW_EXPERTS, type="Q6_K"), 8, 0),
+    "weights beside, F16": (replace(FEW_EXPERTS, type="F16"), 8, 0),
+    "hidden values": (replace(FEW_EXPERTS, type="F32", num_experts=4), 16, 0),
+    "dense layers": (replace(GLM_FLASH, layers=1, type="Q8_0"), 64, 0),
+    "scores": (TinySpec(num_heads=16, context_length=8192), 128, 4000),
+    "rows": (TinySpec(kv_lora_rank=512, context_length=8192), 8, 8000),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_weights_take_what_the_header_foretells(name: str, model_file: MakeModel) -> None:
+    loaded = load_model(model_file(VARIANTS[name]))
+    assert loaded.memory.weights == sum(weight.nbytes for weight in loaded.weights.values())
+
+
+@pytest.mark.parametrize("context", [1, 256, 300, 1025])
+def test_a_full_cache_takes_what_was_planned(context: int, model_file: MakeModel) -> None:
+    loaded = load_model(model_file(TinySpec()), context=context)
+    engine = Engine(loaded.model, context=loaded.memory.context)
+    for rows in range(0, context, 100):  # in steps, so that it grows
+        prompt = [1] * min(rows + 100, context)
+        engine.cache.expect(0)
+        engine._prefill(prompt, lambda done, total: None)
+    assert engine.cache.offset == context
+    assert engine.cache.nbytes == loaded.memory.cache
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_reading_a_prompt_stays_within_the_planned_scratch(name: str, model_file: MakeModel) -> None:
+    """The last chunk of a prompt: it takes no more than planned, and not so much less that the plan would be idle."""
+    spec, chunk, before = PROMPTS[name]
+    loaded = load_model(model_file(spec))
+    engine, context = Engine(loaded.model, chunk), before + chunk
+    cache = engine.cache
+    for layer in range(len(cache.rows)):
+        mx.eval(cache.update(layer, mx.random.normal((1, context, cache.width))))
+    cache.advance(before)
+    engine.tokens = [1] * before
+    held = mx.get_active_memory()
+    mx.reset_peak_memory()
+    engine._prefill([1] * before + [token % 250 for token in range(2, chunk + 2)], lambda done, total: None)
+    taken = mx.get_peak_memory() - held
+    tensors = tensors_of(open_model(loaded.gguf.path).tensors)
+    planned = plan_memory(loaded.config, tensors, loaded.model.dtype, chunk, context).scratch
+    print(f"{name}: {taken / 1e6:.1f} MB of {planned / 1e6:.1f} MB planned")
+    assert taken <= planned <= 2.5 * taken
+
+
+@pytest.mark.parametrize("room", [3e7, 1e8, 1e12])
+def test_auto_is_the_largest_context_that_fits(
+    room: float, model_file: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "machine_memory", lambda: (int(room), "a test"))
+    path = model_file(TinySpec(context_length=100_000))
+    plan = open_model(path).memory
+    assert plan.fits
+    assert plan.context == plan.largest
+    assert memory.LEAST_CONTEXT <= plan.context <= 100_000
+    assert plan.context == 100_000 or not open_model(path, context=plan.context + 1).memory.fits
+    assert (plan.context == 100_000) == (room == 1e12)
+
+
+@pytest.mark.parametrize("context", [0, -1, 4097])
+def test_a_context_that_the_model_does_not_have_is_refused(context: int, model_file: MakeModel) -> None:
+    with pytest.raises(InputError, match=f"context is {context}; it must be 1 to 4096"):
+        open_model(model_file(TinySpec()), context=context)
+
+
+def test_16_bits_take_half_the_cache(model_file: MakeModel) -> None:
+    plans = [open_model(model_file(TinySpec()), dtype).memory for dtype in (mx.float32, mx.bfloat16)]
+    assert plans[0].cache == 2 * plans[1].cache
+    assert plans[0].weights == plans[1].weights
+
+
+# --- MLX's limits
+
+
+@pytest.mark.parametrize("room", ["plenty", "just enough"])
+@pytest.mark.parametrize("error", [None, RuntimeError, KeyboardInterrupt])
+def test_limits_hold_within_the_block_and_are_put_back(
+    room: str, error: type[BaseException] | None, model_file: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On Metal, which is only pretended here: no more is wired than there is."""
+    limits = {"cache": 11, "wired": 22}
+
+    def setting(name: str) -> Callable[[int], int]:
+        def put(value: int) -> int:
+            before, limits[name] = limits[name], value
+            return before
+
+        return put
+
+    monkeypatch.setattr(mx, "set_cache_limit", setting("cache"))
+    monkeypatch.setattr(mx, "set_wired_limit", setting("wired"))
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    plan = replace(open_model(model_file(TinySpec()), mx.float32).memory, kept=1000)
+    plan = replace(plan, available=plan.total if room == "just enough" else 10**12)
+    with pytest.raises(error) if error else nullcontext(), plan.limits():
+        assert limits == {"cache": 1000 if room == "just enough" else plan.scratch, "wired": plan.total}
+        if error:
+            raise error
+    assert limits == {"cache": 11, "wired": 22}
+
+
+def test_nothing_is_wired_without_metal(model_file: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    if mx.metal.is_available():
+        monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.cpu))
+    monkeypatch.setattr(mx, "set_wired_limit", None)
+    with open_model(model_file(TinySpec()), mx.float32).memory.limits():
+        pass
+
+
+# --- what a machine offers
+
+
+@pytest.mark.parametrize(
+    ("device", "offers"),
+    [
+        ({"max_recommended_working_set_size": 22, "memory_size": 32}, (22, "Metal's recommended working set")),
+        ({"free_memory": 5, "total_memory": 80}, (5, "free memory of the GPU")),
+    ],
+)
+def test_a_gpu_says_what_it_has(device: dict[str, int], offers: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mx, "device_info", lambda: device)
+    assert memory.machine_memory() == offers
+
+
+@pytest.mark.parametrize(("room", "least"), [(None, False), (-1, True), (1000, True), (1 << 62, False)])
+def test_a_cpu_has_free_ram_or_what_its_container_leaves(
+    room: int | None, least: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mx, "device_info", lambda: {"architecture": "x86_64"})
+    monkeypatch.setattr(memory, "_cgroup_room", lambda: room)
+    found, source = memory.machine_memory()
+    if least:
+        assert (found, source) == (max(0, int(room or 0)), "left of this container's memory limit")
+    else:
+        assert source == "free RAM"
+        assert found == pytest.approx(psutil.virtual_memory().available, rel=0.2)
+
+
+def group(folder: Path, version: int, limit: object, used: int, files: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    names = ("memory.max", "memory.current") if version == 2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+    total = "" if version == 2 else "total_"
+    (folder / names[0]).write_text(f"{limit}\n")
+    (folder / names[1]).write_text(f"{used}\n")
+    stat = f"anon 5\n{total}inactive_file {files}\n{total}active_file 7\nunevictable 0\n"
+    (folder / "memory.stat").write_text(stat)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_tightest_group_counts_and_pages_of_files_make_room(version: int, tmp_path: Path) -> None:
+    """Version 1 and 2 of Linux's control groups, as their documentation describes the files."""
+    top = tmp_path / "mount" if version == 2 else tmp_path / "mount" / "memory"
+    (tmp_path / "cgroup").write_text("0::/a/b\n" if version == 2 else "9:name=systemd:/x\n4:cpu,memory:/a/b\n0::/\n")
+
+    def room() -> int | None:
+        return memory._cgroup_room(tmp_path / "cgroup", tmp_path / "mount")
+
+    assert room() is None
+    group(top, version, "max" if version == 2 else 9223372036854771712, 700, 10)
+    assert (room() or 1 << 60) > 1 << 50, "no limit"
+    group(top / "a", version, 1000, 700, 93)
+    assert room() == 1000 - 700 + 93 + 7
+    group(top / "a" / "b", version, 5000, 10, 0)
+    assert room() == 400
+    group(top / "a" / "b", version, 300, 200, 0)
+    assert room() == 107
+    assert memory._cgroup_room(tmp_path / "nothing", tmp_path / "mount") is None
+
+
+# --- no growth
+
+ROUND = 250  # tokens of an answer; then the context is full, and another prompt begins
+
+
+def test_memory_does_not_grow_with_the_tokens_generated(pytestconfig: pytest.Config) -> None:
+    """Answer after answer in a full context, with everything a sampler can remember. By hand: --soak-tokens 100000."""
+    params: dict[str, Any] = {"repetition_penalty": 1.1, "frequency_penalty": 0.1, "logprobs": 2, "top_k": 50}
+    engine, process = Engine(load_model(SMALL_MODEL).model, context=ROUND + 6), psutil.Process()
+    count, seen = 0, list[tuple[int, int, int]]()
+    while count < max(4 * ROUND, pytestconfig.getoption("--soak-tokens")):
+        prompt = [3 + count // ROUND % 1000, 5, 7, 11, 13, 17]
+        count += sum(1 for _ in engine.generate(prompt, SamplingParams(seed=count, **params), ROUND))
+        seen.append((mx.get_active_memory(), mx.get_cache_memory(), process.memory_info().rss))
+    settled, last = seen[1], seen[-1]
+    print(
+        f"after {count:,} tokens (after {2 * ROUND}): active, kept, resident", *map("{:,} ({:,})".format, last, settled)
+    )
+    assert count == ROUND * len(seen)
+    assert last[0] == settled[0], "MLX holds arrays that it did not hold before"
+    assert last[1] < settled[1] + (1 << 20)
+    assert last[2] < settled[2] + (8 << 20)
