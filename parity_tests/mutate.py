@@ -68,10 +68,10 @@ REASONS = [
         r"-> if \(slot >= uint\(1\)",
         "for a routed slot `shared_first` wraps past SHARED_WIDTH",
     ),
-    (r"mla_combine", r"PER_LANE = .* -> .*(\+ 32\)|\* 32)", "room for more splits, which are checked one by one"),
-    (r"mla_combine", r"-> totals.*1\.0f;", "its factor is exp2(-INFINITY), 0"),
+    (r"mla_merge", r"PER_LANE = .* -> .*(\+ 32\)|\* 32)", "room for more splits, which are checked one by one"),
+    (r"mla_merge", r"-> totals.*1\.0f;", "its factor is exp2(-INFINITY), 0"),
     (
-        r"mla_combine",
+        r"mla_merge",
         r"-> factors.*(totals\[0\]|\? 1\.0f)",
         "a split without rows has a total of 0, sums of 0 and exp2(-INFINITY)",
     ),
@@ -102,17 +102,21 @@ REASONS = [
     (r"quants", r"i < 3;.* -> .*i (< 4|<= 3);", "one word more than is used, which clang drops"),
     (r"quants", r"i < 4;.* -> .*i (< 5|<= 4);", "two values more than are used, which clang drops"),
     (r"quants", r"LANES == 32\) \{ ->", "the other branch gives the same sum"),
-    (r"route", r"-> .*bias\[expert\] : 1\.0f", "the choice of an expert that is none is overwritten"),
-    (r"route", r"-> if \((0u >=|expert >) uint\(EXPERTS\)", "an expert that is none is never left to be chosen"),
+    (r"experts_gate_up\.h", r"-> .*bias\[expert\] : 1\.0f", "the choice of an expert that is none is overwritten"),
     (
-        r"route",
+        r"experts_gate_up\.h",
+        r"-> if \((0u >=|expert >) uint\(EXPERTS\)",
+        "an expert that is none is never left to be chosen",
+    ),
+    (
+        r"experts_gate_up\.h",
         r"-> .*is_left.*(0u <|candidate <=)",
         "an expert that is none has the least choice, and the highest index",
     ),
-    (r"route", r"-> float score = 1\.0f", "of a lane with nothing left, which never wins"),
-    (r"route", r"-> .*i <= PER_LANE", "experts past the last are not left"),
-    (r"route", r"-> .*: 0xfffffffeu", "still more than any expert"),
-    (r"route", r"-> .*\(total - 1e-20f\)", "1e-20 shows only in a sum of 0"),
+    (r"experts_gate_up\.h", r"-> float score = 1\.0f", "of a lane with nothing left, which never wins"),
+    (r"experts_gate_up\.h", r"-> .*i <= PER_LANE", "experts past the last are not left"),
+    (r"experts_gate_up\.h", r"-> .*: 0xfffffffeu", "still more than any expert"),
+    (r"experts_gate_up\.h", r"-> .*\(total - 1e-20f\)", "1e-20 shows only in a sum of 0"),
 ]
 
 # --- mutants
@@ -257,7 +261,7 @@ def cases() -> list[Any]:
     import mlx.core as mx
 
     from parity_tests import test_kernels_launch, test_kernels_mla, test_kernels_traffic
-    from parity_tests.kernel_cases import KINDS, Down, GateUp, HeadQmv, Mla, Qmv, Route, block
+    from parity_tests.kernel_cases import KINDS, Down, Embed, GateUp, HeadQmv, Mla, Qmv, Route, block
 
     half, brain = mx.float16, mx.bfloat16
     return [
@@ -293,8 +297,13 @@ def cases() -> list[Any]:
         Mla(5, 70, tokens=3),
         Mla(3, 150, 96, 34, tokens=2, dtype=half),
         Mla(4, 45, 128, 64, dtype=brain),
-        Mla(5, 7, 130, 62, tokens=2, room=2100),
+        Mla(5, 7, 136, 62, tokens=2, room=2100),
         Mla(1, 2050, 32, 32, room=0),
+        Mla(2, 33, 264, 16, tokens=2, kind="F32", values=33),
+        Mla(3, 20, 96, 16, kind="Q8_0", values=31, dtype=brain),
+        Embed("Q4_K", 17, 512, tokens=3),
+        Embed("F16", 9, 1032, tokens=4, outside=True),
+        Embed("Q4_1", 16, 64, tokens=2, dtype=half),
         *(Call(test_kernels_mla.test_one_row_that_wins_is_the_result, *at) for at in test_kernels_mla.FAR),
         *(
             Call(test_kernels_mla.test_the_best_of_scores_far_below_zero_is_the_result, *at)
