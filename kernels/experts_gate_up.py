@@ -27,6 +27,7 @@ from kernels import launcher
 from kernels.planes import Weight
 from kernels.qmv import gather_qmv_ops, qmv_ops
 from kernels.route import Gating, Router
+from kernels.shapes import launch_shape, matrix_names
 
 DEPTH = 4  # chunks that a lane loads in one go, at most
 ROWS, SIMDGROUPS = 1, 4  # rows of a simdgroup, simdgroups of a threadgroup
@@ -117,6 +118,10 @@ def _launch(
         *((shape[-1] == cols, f"shared experts of shape {shape}, others of {cols} columns") for _, shape in kinds[2:]),
         (len({shape for _, shape in kinds[2:]}) < 2, "shared gate and up of two shapes"),
     )
+    tokens = math.prod(lead)
+    rows, simdgroups, most = launch_shape(
+        "experts_gate_up", matrix_names(kinds), tokens, ROWS=ROWS, SIMDGROUPS=SIMDGROUPS, DEPTH=DEPTH
+    )
     outputs: dict[str, tuple[tuple[int, ...], mx.Dtype]] = {
         "hidden": ((*lead, top_k, width), dtype),
         "experts": ((*lead, top_k), mx.uint32),
@@ -125,15 +130,15 @@ def _launch(
     template: dict[str, int | bool | mx.Dtype] = {
         "T": dtype,
         "COLS": cols,
-        "DEPTH": launcher.depth(cols, launcher.LANES, DEPTH),
+        "DEPTH": launcher.depth(cols, launcher.LANES, most),
         "WIDTH": width,
         "EXPERTS": num_experts,
         "TOP_K": top_k,
         "SOFTMAX": gating == "softmax",
         "HAS_BIAS": with_bias,
         "NORMALIZE": normalize,
-        "ROWS": ROWS,
-        "SIMDGROUPS": SIMDGROUPS,
+        "ROWS": rows,
+        "SIMDGROUPS": simdgroups,
     }
     slots = top_k
     if len(kinds) > 2:
@@ -149,6 +154,6 @@ def _launch(
         outputs=outputs,
         template=template,
         defines={"SCALE": f"{scale!r}f"} | ({"BIAS": ""} if with_bias else {}),
-        threadgroups=(-(-width // (ROWS * SIMDGROUPS)), slots, math.prod(lead)),
-        simdgroups=SIMDGROUPS,
+        threadgroups=(-(-width // (rows * simdgroups)), slots, tokens),
+        simdgroups=simdgroups,
     )

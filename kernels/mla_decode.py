@@ -34,13 +34,12 @@ import mlx.core as mx
 from kernels import launcher
 from kernels.planes import Weight
 from kernels.qmv import Norm, merge_heads_ops
+from kernels.shapes import launch_shape
 
 HEADS_AT_ONCE, SIMDGROUPS = 4, 4  # heads of a threadgroup, simdgroups of a threadgroup
 ROWS_AT_ONCE = 4  # rows that a lane loads in one go
 ROWS_OF_SPLIT, MAX_SPLITS = 32, 64  # rows that are worth a threadgroup of their own; splits that are worth combining
-SHORT = (
-    2048  # rows of a cache that is so short that more, smaller threadgroups matter more than reading rows less often
-)
+SHORT = 2048  # with fewer rows in the cache, more and smaller threadgroups are faster than reading a row less often
 MERGE_ROWS, MERGE_SIMDGROUPS = 4, 8  # rows of v_b of a simdgroup, simdgroups of a threadgroup
 MAX_LATENT = 2048  # a lane holds whole rows of v_b
 
@@ -110,17 +109,15 @@ def mla_decode(
     _, heads, length, latent_dim = q_latent.shape
     if back_end is None or not _fits(q_latent, cache) or not launcher.fits(v_b):
         return mla_decode_ops(q_latent, q, kv_a, norm, wavelengths, cache, position, scale, v_b)
-    smaller = 2 if cache.shape[1] <= SHORT else 1
-    splits = 1 << max(0, min(MAX_SPLITS, smaller * cache.shape[1] // ROWS_OF_SPLIT).bit_length() - 1)
+    rows = cache.shape[1]
     attend, merge = _launches(
         back_end,
-        max(1, HEADS_AT_ONCE // smaller),
         heads,
         length,
         latent_dim,
         2 * wavelengths.size,
         q.shape[-1] // heads,
-        splits,
+        1 << rows.bit_length() - 1,
         q_latent.dtype,
         norm.eps,
         scale,
@@ -139,22 +136,41 @@ def _fits(q_latent: mx.array, cache: mx.array) -> bool:
 @memoised
 def _launches(
     back_end: launcher.BackEnd,
-    heads_at_once: int,
     heads: int,
     length: int,
     latent_dim: int,
     rope_dim: int,
     qk_head_dim: int,
-    splits: int,
+    room: int,
     dtype: mx.Dtype,
     eps: float,
     scale: float,
     v_b: launcher.Kind,
 ) -> tuple[launcher.Launch, launcher.Launch]:
+    """`room`: rows of the cache, to a power of 2."""
+    smaller = 2 if room < SHORT else 1
+    heads_at_once, simdgroups, rows_at_once, rows_of_split, most, merge_rows, merge_simdgroups = launch_shape(
+        "mla_decode",
+        f"{heads} heads, {latent_dim} + {rope_dim}, {room} rows",
+        length,
+        HEADS_AT_ONCE=max(1, HEADS_AT_ONCE // smaller),
+        SIMDGROUPS=SIMDGROUPS,
+        ROWS_AT_ONCE=ROWS_AT_ONCE,
+        ROWS_OF_SPLIT=ROWS_OF_SPLIT // smaller,
+        MAX_SPLITS=MAX_SPLITS,
+        MERGE_ROWS=MERGE_ROWS,
+        MERGE_SIMDGROUPS=MERGE_SIMDGROUPS,
+    )
+    splits = min(most, max(1, room // rows_of_split))
     values = v_b[1][1]
     fits = v_b[1] == (heads, values, latent_dim)
-    launcher.require("mla_decode", (fits, f"v_b of shape {v_b[1]} for {heads} heads of {latent_dim} values"))
-    half_of_them = (SIMDGROUPS + 1) // 2 * heads_at_once
+    scores = heads_at_once * rows_at_once
+    launcher.require(
+        "mla_decode",
+        (fits, f"v_b of shape {v_b[1]} for {heads} heads of {latent_dim} values"),
+        (32 % scores == 0, f"{heads_at_once} heads and {rows_at_once} rows at once; their product must divide 32"),
+    )
+    half_of_them = (simdgroups + 1) // 2 * heads_at_once
     made = length * (latent_dim + rope_dim) * dtype.size // 4  # floats of room for the new rows
     shared = max(half_of_them * latent_dim, made)
     attend = launcher.prepare(
@@ -175,14 +191,14 @@ def _launches(
             "ROPE": rope_dim,
             "NOPE": qk_head_dim - rope_dim,
             "HEADS_AT_ONCE": heads_at_once,
-            "ROWS_AT_ONCE": ROWS_AT_ONCE,
-            "SIMDGROUPS": SIMDGROUPS,
+            "ROWS_AT_ONCE": rows_at_once,
+            "SIMDGROUPS": simdgroups,
             "SHARED": shared,
         },
         # Powers of 2 are one instruction, powers of e two.
         defines={"SCALE": f"{scale * math.log2(math.e)!r}f", "EPS": f"{eps!r}f"},
         threadgroups=(splits, -(-heads // heads_at_once), length),
-        simdgroups=SIMDGROUPS,
+        simdgroups=simdgroups,
         threadgroup_bytes=(shared + half_of_them * 2) * 4,
     )
     merge = launcher.prepare(
@@ -198,11 +214,11 @@ def _launches(
             "SPLITS": splits,
             "LATENT": latent_dim,
             "VALUES": values,
-            "ROWS": MERGE_ROWS,
-            "SIMDGROUPS": MERGE_SIMDGROUPS,
+            "ROWS": merge_rows,
+            "SIMDGROUPS": merge_simdgroups,
         },
-        threadgroups=(-(-values // (MERGE_ROWS * MERGE_SIMDGROUPS)), heads, length),
-        simdgroups=MERGE_SIMDGROUPS,
+        threadgroups=(-(-values // (merge_rows * merge_simdgroups)), heads, length),
+        simdgroups=merge_simdgroups,
         threadgroup_bytes=latent_dim * 4,
     )
     return attend, merge

@@ -43,6 +43,7 @@ import mlx.core as mx
 
 from kernels import launcher
 from kernels.planes import GROUP, QuantizedTensor, Weight, dequantize_ops, group_scales
+from kernels.shapes import launch_shape, matrix_names
 
 DEPTH = 8  # chunks that a lane loads in one go, at most
 ROWS, SIMDGROUPS = 1, 4  # rows that lanes take one after the other, simdgroups of a threadgroup
@@ -191,7 +192,14 @@ def _launch(
         (residual_size in (None, tokens * kinds[0][1][0]), f"a residual of {residual_size} values"),
     )
     lanes = max(_lanes(kind, cols) for kind, _ in kinds)
-    rows_at_once = 2 * ROWS if sum(shape[0] for _, shape in kinds) >= MANY_ROWS else ROWS
+    rows_at_once, simdgroups, most = launch_shape(
+        "qmv",
+        matrix_names(kinds, heads),
+        tokens,
+        ROWS=2 * ROWS if sum(shape[0] for _, shape in kinds) >= MANY_ROWS else ROWS,
+        SIMDGROUPS=SIMDGROUPS,
+        DEPTH=DEPTH,
+    )
     block = rows_at_once * launcher.LANES // lanes
     blocks, matrices = 0, []
     for i, (_, (rows, _)) in enumerate(kinds):
@@ -218,17 +226,17 @@ def _launch(
             "TOKENS": tokens,
             "COLS": cols,
             **dict(zip(("X_HEAD", "X_TOKEN", "Y_HEAD", "Y_TOKEN"), strides, strict=True)),
-            "DEPTH": launcher.depth(cols, lanes, DEPTH),
+            "DEPTH": launcher.depth(cols, lanes, most),
             "LANES": lanes,
             "ROWS": rows_at_once,
-            "SIMDGROUPS": SIMDGROUPS,
+            "SIMDGROUPS": simdgroups,
             "HAS_NORM": eps is not None,
             "HAS_NORMED_TOO": normed_too,
             "HAS_RESIDUAL": with_residual,
         },
         defines=defines,
-        threadgroups=(-(-blocks // SIMDGROUPS), heads, 1),
-        simdgroups=SIMDGROUPS,
+        threadgroups=(-(-blocks // simdgroups), heads, 1),
+        simdgroups=simdgroups,
     )
 
 
