@@ -6,11 +6,13 @@ import os
 import platform
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import mlx.core as mx
@@ -35,6 +37,7 @@ from kernels.check import Result, machine
 
 NO_GPU = "There is no GPU here. Kernels need one: Metal or CUDA. These are their twins, in MLX's own operations."
 LAYERS, VOCABULARY = 47, 154_880  # of GLM-4.7-Flash; its widths are those of GLM_FLASH
+WORKERS = 8  # processes that compile and check at a time
 NAMED = 8  # variants that do not work, in the paragraph; --json has them all
 
 
@@ -90,7 +93,7 @@ def _check_all(on_gpu: bool, timed: bool) -> dict[Variant, Result]:
     """Every variant once, by small models of every composition; on a CPU narrow ones, in float32 as the product."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
-    checks = Isolated() if on_gpu else Rows()
+    workers = [Isolated() for _ in range(min(WORKERS, os.cpu_count() or 1))] if on_gpu else [Rows()]
     found: dict[Variant, Result] = {}
     try:
         with (
@@ -98,24 +101,57 @@ def _check_all(on_gpu: bool, timed: bool) -> dict[Variant, Result]:
             Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as bar,
         ):
             for composition in bar.track(COMPOSITIONS, description=""):
+                bar.update(bar.task_ids[0], description=composition.name)
                 spec = replace(WIDTHS if on_gpu else NARROW, **composition.changes)
                 file = make_tiny(Path(folder) / f"{composition.name}.gguf", spec)
                 for dtype in composition.dtypes if on_gpu else (mx.float32,):
                     try:
-                        variants = checks.open(file, dtype)
+                        variants = workers[0].open(file, dtype)
                     except LostError as lost:
                         found[Variant("-", f"a model of {composition.name}", str(dtype))] = Result(
                             False, None, str(lost)
                         )
                         continue
-                    for index, variant in enumerate(variants):
-                        bar.update(bar.task_ids[0], description=f"{composition.name}: {variant.op}")
-                        if variant not in found:
-                            found[variant] = checks.check(index, timed)
+                    new = {index: variant for index, variant in enumerate(variants) if variant not in found}
+                    results = _check_together(workers, file, dtype, list(new)) if len(workers) > 1 else {}
+                    for index, variant in new.items():
+                        # Times are taken one at a time.
+                        if index not in results or (timed and results[index].error is None):
+                            results[index] = workers[0].check(index, timed)
+                        found[variant] = results[index]
                 file.unlink()
     finally:
-        checks.close()
+        for worker in workers:
+            worker.close()
     return dict(sorted(found.items(), key=lambda item: ("-", *launcher.OPS).index(item[0].op)))
+
+
+def _check_together(
+    workers: Sequence[Isolated | Rows], file: Path, dtype: mx.Dtype, indices: Sequence[int]
+) -> dict[int, Result]:
+    """Each worker takes a share: compiling, which is most of the work, is done by one core for each kernel."""
+    stopped = Event()
+
+    def share(number: int) -> dict[int, Result]:
+        own, worker, results = indices[number :: len(workers)], workers[number], dict[int, Result]()
+        if number > 0 and own:
+            try:
+                worker.open(file, dtype)
+            except LostError as lost:
+                return dict.fromkeys(own, Result(False, None, str(lost)))
+        for index in own:
+            if not stopped.is_set():
+                results[index] = worker.check(index, False)
+        return results
+
+    with ThreadPoolExecutor(len(workers)) as pool:
+        try:
+            return {index: result for part in pool.map(share, range(len(workers))) for index, result in part.items()}
+        except BaseException:  # Ctrl-C: without waiting for what is being checked
+            stopped.set()
+            for worker in workers:
+                worker.close()
+            raise
 
 
 def _table(conditions: Mapping[str, str], found: Mapping[Variant, Result]) -> Table:

@@ -494,6 +494,48 @@ def test_without_a_gpu_nothing_is_looked_at(file: str, monkeypatch: pytest.Monke
     assert not Path(os.environ["XDG_CACHE_HOME"]).exists()
 
 
+# --- several processes
+
+
+class Worker(Isolated):
+    """Checks nothing: says which worker was asked."""
+
+    def __init__(self, name: str, lost: bool = False):
+        super().__init__()
+        self.name, self.lost, self.asked, self.closed = name, lost, list[int](), False
+
+    def open(self, file: Path, dtype: mx.Dtype) -> list[Variant]:
+        if self.lost:
+            raise LostError("gone")
+        return []
+
+    def check(self, index: int, timed: bool) -> Result:
+        assert not timed
+        self.asked.append(index)
+        if self.name == "interrupted":
+            raise KeyboardInterrupt
+        return Result(True, True, self.name)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_workers_share_the_checks_and_a_lost_one_spoils_its_own_alone() -> None:
+    workers = [Worker("a"), Worker("b", lost=True), Worker("c")]
+    found = checkup._check_together(workers, Path("none"), mx.float32, [10, 11, 12, 13, 14])
+    assert {index: result.error for index, result in found.items()} == {
+        10: "a", 13: "a", 11: "gone", 14: "gone", 12: "c",
+    }  # fmt: skip
+
+
+def test_ctrl_c_stops_every_worker() -> None:
+    workers = [Worker("interrupted"), Worker("b")]
+    with pytest.raises(KeyboardInterrupt):
+        checkup._check_together(workers, Path("none"), mx.float32, range(100))
+    assert workers[0].asked == [0]
+    assert all(worker.closed for worker in workers)
+
+
 # --- the command
 
 
@@ -514,6 +556,7 @@ def _few(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(checkup, name, SPEC)
     for name in ("Isolated", "Rows"):
         monkeypatch.setattr(checkup, name, Few)
+    monkeypatch.setattr(checkup, "WORKERS", 1)
     monkeypatch.setattr("kernels.check.TIMED_SECONDS", 0.0)
 
 
