@@ -137,9 +137,9 @@ def with_entry(table: Table, where: str, op: str, what: str, entry: Entry) -> Ta
 
 
 def text_digest(op: str) -> str:
-    names = ("quants.h.metal", f"{op}.h.metal", f"{op}.metal")
-    parts = [path.read_bytes() for path in (HERE / name for name in names) if path.exists()]
-    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:8]
+    """Of all that an op may launch, which begins as its own name does: mla_merge belongs to mla_decode."""
+    paths = (HERE / "quants.h.metal", *sorted(HERE.glob(f"{op.partition('_')[0]}*.metal")))
+    return hashlib.sha256(b"\0".join(path.read_bytes() for path in paths)).hexdigest()[:8]
 
 
 @cache

@@ -94,6 +94,29 @@ def test_an_entry_for_another_text_of_the_kernel_is_not_used(capsys: pytest.Capt
 
 
 @pytest.mark.parametrize(
+    ("op", "texts"),
+    [
+        ("qmv", {"qmv.metal", "qmv.h.metal", "quants.h.metal"}),
+        ("mla_decode", {"mla_decode.metal", "mla_decode.h.metal", "mla_merge.metal", "quants.h.metal"}),
+    ],
+)
+def test_the_text_of_an_op_is_all_that_it_launches(
+    op: str, texts: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for path in launcher.HERE.glob("*.metal"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    monkeypatch.setattr(shapes, "HERE", tmp_path)
+    before = shapes.text_digest(op)
+    changed = set()
+    for path in tmp_path.glob("*.metal"):
+        text = path.read_text()
+        path.write_text(text + " ")
+        changed |= {path.name} if shapes.text_digest(op) != before else set()
+        path.write_text(text)
+    assert changed == texts
+
+
+@pytest.mark.parametrize(
     ("content", "message"),
     [
         ("", "(no JSON)"),
