@@ -22,13 +22,12 @@ from glm_mlx.weights import tensors_of
 from parity_tests.conftest import MakeModel
 from parity_tests.variants import VARIANTS
 
-FEW_EXPERTS = replace(GLM_FLASH, num_experts=8, intermediate_size=2048)  # the real widths
+FEW_EXPERTS = replace(GLM_FLASH, num_experts=4, intermediate_size=2048)  # at the real widths
+TYPES = ("Q4_0", "Q4_K", "Q6_K", "IQ4_NL")
 PROMPTS: dict[str, tuple[TinySpec, int, int]] = {  # file, chunk, tokens before the chunk
-    "weights beside": (FEW_EXPERTS, 16, 0),
-    "weights beside, Q6_K": (replace(FEW_EXPERTS, type="Q6_K"), 8, 0),
-    "weights beside, F16": (replace(FEW_EXPERTS, type="F16"), 8, 0),
-    "hidden values": (replace(FEW_EXPERTS, type="F32", num_experts=4), 16, 0),
-    "dense layers": (replace(GLM_FLASH, layers=1, type="Q8_0"), 64, 0),
+    **{f"weights beside, {kind}": (replace(FEW_EXPERTS, type=kind), 8, 0) for kind in (*TYPES, "F16")},
+    "hidden values": (replace(FEW_EXPERTS, type="F32"), 16, 0),
+    "dense layers": (replace(GLM_FLASH, layers=1, intermediate_size=20480), 32, 0),
     "scores": (TinySpec(num_heads=16, context_length=8192), 128, 4000),
     "rows": (TinySpec(kv_lora_rank=512, context_length=8192), 8, 8000),
 }
