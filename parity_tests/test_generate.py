@@ -351,13 +351,14 @@ def test_ctrl_c_in_a_long_prompt_keeps_the_chat_and_what_was_read(model: str) ->
     assert "Traceback" not in chat.seen
 
 
-def test_the_bar_knows_the_speed_after_one_chunk_and_counts_no_cached_tokens() -> None:
+@pytest.mark.parametrize("cached", [0, 9000])
+def test_the_bar_knows_the_speed_after_one_chunk_and_counts_no_cached_tokens(cached: int) -> None:
     with session._PrefillBar() as bar:
-        bar.update(9000, 10_000)
+        bar.update(cached, 10_000)
         time.sleep(0.1)
-        bar.update(9100, 10_000)
+        bar.update(cached + 100, 10_000)
         (task,) = bar.progress.tasks
-        assert 200 < (task.speed or 0) < 1001
+        assert 100 < (task.speed or 0) < 1001
         assert task.time_remaining
 
 
