@@ -24,6 +24,7 @@ from glm_mlx.model_cases import decode_cases
 from glm_mlx.weights import available_memory
 from kernels import launcher
 from kernels.check import check
+from kernels.shapes import user_file
 
 ROOT = Path(__file__).resolve().parents[1]
 COPIES = (4, 16)  # of each buffer in one go; the difference between the two is free of the time to start and to wait
@@ -100,6 +101,7 @@ def conditions() -> dict[str, Any]:
         "commit": commit(),
         "clean": is_clean(),
         "source_sha256": source_hash(),
+        "own_launch_shapes": _quietly(lambda: user_file().read_text(errors="replace")),
         "mlx_environment": {key: value for key, value in os.environ.items() if key.startswith("MLX_")},
         "copy": copy_bandwidth(),
         "quoted_gb_s": quoted[0] if quoted else None,

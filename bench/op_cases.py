@@ -42,7 +42,7 @@ class Sizes:
 
 
 # Four times 96 MB, the largest cache before the memory of a GPU with a back end here (M2 and M3 Ultra; H200: 60 MB).
-GPU = Sizes(CFG.num_experts, 4, CFG.vocab_size, 4 * 96 << 20, (128, 4096, 32_768))
+GPU = Sizes(CFG.num_experts, 4, CFG.vocab_size, 4 * 96 << 20, (256, 4096, 32_768))
 CPU = Sizes(16, 2, 16_384, 64 << 20, (128, 1024))
 
 

@@ -19,6 +19,8 @@ from rich.table import Table
 from glm_mlx import command
 from glm_mlx.errors import InputError
 from glm_mlx.gguf import shown
+from kernels.launcher import KernelRefusedError
+from kernels.shapes import user_file
 
 WIDE = Console(width=1000).options
 NOTES = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
@@ -125,6 +127,8 @@ def run(work: Callable[[], int]) -> int:
             if not is_out_of_memory(error):
                 raise
             raise InputError(f"out of memory: {error}; measure less deep contexts, or fewer layers") from None
+        except KernelRefusedError as error:
+            raise InputError(f"{error}; mend the launch shapes in {user_file()}") from None
 
     return command.run(measured)
 

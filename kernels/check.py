@@ -17,6 +17,7 @@ import mlx.core as mx
 
 from kernels import launcher
 from kernels.cases import Case
+from kernels.shapes import user_file
 
 # Relative error of a rounding to the type of an output: the last is of the value itself, and what was rounded before (a
 # row of the cache) is a part of it. Sums in float32 stay far below the second.
@@ -110,9 +111,10 @@ def _seconds(call: Callable[[], list[mx.array]]) -> float:
 
 
 def machine() -> dict[str, str]:
-    """What a result holds for: device, system (Apple's compiler is part of it), MLX, and the text of the kernels."""
+    """What a result holds for: device, system (Apple's compiler is part of it), MLX, and the text of the kernels, with
+    the user's own launch shapes."""
     text = hashlib.sha256()
-    for path in sorted(launcher.HERE.iterdir()):
+    for path in (*sorted(launcher.HERE.iterdir()), user_file()):
         if path.is_file():
             text.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     back_end = "CPU"

@@ -156,7 +156,7 @@ def _launches(
         HEADS_AT_ONCE=max(1, HEADS_AT_ONCE // smaller),
         SIMDGROUPS=SIMDGROUPS,
         ROWS_AT_ONCE=ROWS_AT_ONCE,
-        ROWS_OF_SPLIT=ROWS_OF_SPLIT // smaller,
+        ROWS_OF_SPLIT=max(1, ROWS_OF_SPLIT // smaller),
         MAX_SPLITS=MAX_SPLITS,
         MERGE_ROWS=MERGE_ROWS,
         MERGE_SIMDGROUPS=MERGE_SIMDGROUPS,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import glm_mlx.model
-from bench import op_cases, op_timing
+from bench import gpu_time, op_cases, op_timing
 from glm_mlx.load import load_model
 from glm_mlx.model import decode_bytes
 from glm_mlx.small import SMALL_MODEL
@@ -197,6 +197,27 @@ def test_contestants_take_turns_in_either_order(monkeypatch: pytest.MonkeyPatch)
     case = small_case({"twin": lambda x, i: [2 * x], "kernel": lambda x, i: [2 * x]})
     op_timing.measure(case, op_timing.Link(mx.float32, 4), 3, [])
     assert order == ["twin", "kernel", "kernel", "twin", "twin", "kernel"]
+
+
+def test_the_gpu_time_of_a_kernel_is_that_of_its_own_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = {"kernel": ["mlx::core::cu::custom_kernel_qmv_1", "copy"], "twin": ["gemv", "copy"]}
+
+    def seconds(by: str) -> float:
+        timer = op_timing._Timer(
+            small_case({}),
+            op_cases.Contestant(lambda x, i: [x], 0),
+            op_timing.Link(mx.float32, 4),
+            op_timing.Row(None, by),
+        )
+        timer.row.launches = 2
+        kernels = [gpu_time.Kernel(name, 0.0, time) for name, time in zip(names[by], (4.0, 3.0), strict=True)]
+        monkeypatch.setattr(gpu_time, "record", lambda work: gpu_time.Timeline(kernels, 1))
+        monkeypatch.setattr(gpu_time, "busy_seconds", lambda work: 2.0)
+        timer.sample_gpu()
+        return timer.row.gpu[0]
+
+    assert seconds("kernel") == 2.0
+    assert seconds("twin") == 2.5
 
 
 def test_the_links_time_is_taken_off(monkeypatch: pytest.MonkeyPatch) -> None:
