@@ -19,9 +19,9 @@ from rich.filesize import decimal
 
 from bench import gpu_time
 from bench.timing import summarize
+from glm_mlx.memory import available_memory
 from glm_mlx.model import Model
 from glm_mlx.model_cases import decode_cases
-from glm_mlx.weights import available_memory
 from kernels import launcher
 from kernels.check import check
 from kernels.shapes import user_file

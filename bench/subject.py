@@ -18,9 +18,9 @@ from glm_mlx.errors import InputError
 from glm_mlx.gguf import GGUFFile, shown
 from glm_mlx.hub import resolve
 from glm_mlx.load import load_model
+from glm_mlx.memory import available_memory
 from glm_mlx.model import Model
 from glm_mlx.small import SMALL_MODEL
-from glm_mlx.weights import available_memory
 from kernels import launcher
 from kernels.planes import Weight
 

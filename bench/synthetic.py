@@ -19,9 +19,10 @@ from glm_mlx.cache import LatentCache
 from glm_mlx.config import Config
 from glm_mlx.errors import InputError
 from glm_mlx.gguf import GGUFFile
+from glm_mlx.memory import available_memory
 from glm_mlx.model import Model, activation_dtype
 from glm_mlx.packing import packed_nbytes
-from glm_mlx.weights import Expected, available_memory, expected_tensors
+from glm_mlx.weights import Expected, expected_tensors
 from kernels.planes import GROUP, IQ4_NL_VALUES, QUANT_TYPES, SUPER, QuantizedTensor, QuantType, Weight
 
 LAYERS = 47

@@ -17,7 +17,6 @@ from glm_mlx.config import Config
 from glm_mlx.errors import InputError
 from glm_mlx.gguf import GGUFFile, TensorInfo, shown
 from glm_mlx.memory import Tensor
-from glm_mlx.memory import available_memory as available_memory  # bench/ takes it from here
 from glm_mlx.packing import pack
 from kernels.planes import QUANT_TYPES, QuantizedTensor, Weight, dequantize_ops
 
