@@ -16,3 +16,8 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_agrees_with_float64(case: Embed) -> None:
     verify(case)
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_K", "Q6_K"])
+def test_agrees_with_float64_at_the_real_width(kind: str) -> None:
+    verify(Embed(kind, 4096, 2048, tokens=2, dtype=DTYPES[1]), "fast")
