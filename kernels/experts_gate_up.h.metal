@@ -1,22 +1,21 @@
 // ---- which expert --------------------------------------------------------------------------------------------------
-// A choice is compared as a whole number, of which the order is that of the floats: the maximum of a simdgroup is then
-// one instruction. 0 is less than any.
+// A choice is compared as a whole number, of which the order is that of the floats (a choice is never -0): the maximum of
+// a simdgroup is then one instruction. 0 is less than any.
 inline uint in_order(float choice) {
-  const uint word = as_type<uint>(choice + 0.0f);  // -0 equals 0
+  const uint word = as_type<uint>(choice);
   return (word & 0x80000000u) != 0 ? ~word : word | 0x80000000u;
 }
 
 // What a lane knows of a token's experts: of lane, lane + 32, ... their scores, and their choices in order.
-template <int EXPERTS>
+template <int PER_LANE>
 struct Experts {
-  float scores[(EXPERTS + 31) / 32];
-  uint choices[(EXPERTS + 31) / 32];
+  float scores[PER_LANE];
+  uint choices[PER_LANE];
 };
 
-template <int EXPERTS, bool SOFTMAX, bool HAS_BIAS>
-inline Experts<EXPERTS> load_experts(const device float* router_logits, const device float* bias, uint lane) {
-  constexpr int PER_LANE = (EXPERTS + 31) / 32;
-  Experts<EXPERTS> out;
+template <int EXPERTS, int PER_LANE, bool SOFTMAX, bool HAS_BIAS>
+inline Experts<PER_LANE> load_experts(const device float* router_logits, const device float* bias, uint lane) {
+  Experts<PER_LANE> out;
 #pragma unroll
   for (int i = 0; i < PER_LANE; ++i) {
     const uint expert = uint(i) * 32 + lane;
@@ -61,13 +60,13 @@ inline Experts<EXPERTS> load_experts(const device float* router_logits, const de
 
 // The best expert that is left, by all lanes together: the largest choice, and of equals the lowest index. `score` is
 // its score; from now on it is not left.
-template <int EXPERTS>
-inline uint take_best(thread Experts<EXPERTS>& left, uint lane, thread float& score) {
+template <int PER_LANE>
+inline uint take_best(thread Experts<PER_LANE>& left, uint lane, thread float& score) {
   uint best = left.choices[0];
   uint expert = lane;
   float own = left.scores[0];
 #pragma unroll
-  for (int i = 1; i < (EXPERTS + 31) / 32; ++i) {
+  for (int i = 1; i < PER_LANE; ++i) {
     const bool better = left.choices[i] > best;
     best = better ? left.choices[i] : best;
     expert = better ? uint(i) * 32 + lane : expert;
@@ -75,7 +74,7 @@ inline uint take_best(thread Experts<EXPERTS>& left, uint lane, thread float& sc
   }
   const uint winner = simd_min(best == simd_max(best) ? expert : 0xFFFFFFFFu);
 #pragma unroll
-  for (int i = 0; i < (EXPERTS + 31) / 32; ++i) {
+  for (int i = 0; i < PER_LANE; ++i) {
     left.choices[i] = winner == uint(i) * 32 + lane ? 0u : left.choices[i];
   }
   score = simd_shuffle(own, ushort(winner & 31u));

@@ -12,14 +12,14 @@ const device float* bias = 0;
 float values[ROWS];
 if (slot < uint(TOP_K) && first < uint(WIDTH)) {
   const bool writes = slot == 0 && first == 0;
-  auto left = load_experts<EXPERTS, SOFTMAX, HAS_BIAS>(router_logits + token * uint(EXPERTS), bias, lane);
+  auto left = load_experts<EXPERTS, PER_LANE, SOFTMAX, HAS_BIAS>(router_logits + token * uint(EXPERTS), bias, lane);
   uint expert = 0;
   float scores[TOP_K];
   float total = 0.0f;
 #pragma unroll
   for (int k = 0; k < TOP_K; ++k) {
     if (writes || uint(k) <= slot) {
-      const uint best = take_best<EXPERTS>(left, lane, scores[k]);
+      const uint best = take_best<PER_LANE>(left, lane, scores[k]);
       total += scores[k];
       expert = uint(k) <= slot ? best : expert;
       if (writes && lane == 0) {

@@ -133,6 +133,7 @@ def _launch(
         "DEPTH": launcher.depth(cols, launcher.LANES, most),
         "WIDTH": width,
         "EXPERTS": num_experts,
+        "PER_LANE": -(-num_experts // launcher.LANES),
         "TOP_K": top_k,
         "SOFTMAX": gating == "softmax",
         "HAS_BIAS": with_bias,

@@ -45,6 +45,7 @@ SHAPES = {
     "qmv": {"ROWS": 2, "SIMDGROUPS": 2, "DEPTH": 2},
     "experts_gate_up": {"ROWS": 2, "SIMDGROUPS": 2, "DEPTH": 2},
     "experts_down": {"ROWS": 2, "MAX_SIMDGROUPS": 3, "DEPTH": 2},
+    "mla_decode": {"MERGE_ROWS": 2, "MERGE_SIMDGROUPS": 2},
 }
 
 # What a survivor changes, where that is no fault: text (a pattern), pattern in "line before -> line after", why.
@@ -52,7 +53,7 @@ _DEAD = "a load whose value nobody uses, which clang drops; `chunk` is checked a
 _EXTRA = "a row past the last is computed as the last one again and not written"
 _GUARD = "spares a check where it is always true; the check stays"
 REASONS = [
-    (r"(qmv|experts_\w+)\.h", r"has_chunk<.* -> .*has_chunk<.*, DEPTH (\+ (32|LANES)|\* 33)>", _DEAD),
+    (r"(qmv|experts_\w+)\.h|mla_merge", r"has_chunk<.* -> .*has_chunk<.*, DEPTH (\+ (32|LANES)|\* 33)>", _DEAD),
     (r"qmv", r"-> .*\b33 / LANES", "33 / LANES is 32 / LANES"),
     (r"qmv\.h", r"^if \(NORMED\) \{ -> if \(1\)", _DEAD.split(";")[0]),
     (
@@ -79,7 +80,11 @@ REASONS = [
     (r"mla_decode\.h", r"-> .*i <= half_count", "adds up a pair more, past the values, which nobody uses"),
     (r"mla_decode\.metal", r"-> .*\b33 / (HEADS_AT_ONCE|SCORES)", "33 over a power of 2 is 32 over it"),
     (r"mla_decode\.metal", r"rows_of_split = .* ->", "other shares of the rows, which still are all, each once"),
-    (r"mla_decode\.metal", r"-> .*\(split - 1\) \* rows_of_split", "the first split takes all rows, the others none"),
+    (r"mla_decode\.metal", r"-> .*begin - rows_of_split", "the first split takes all rows, the others none"),
+    (r"mla_decode\.metal", r"-> if \(end (>= cached|> 0u)", "makes rows that the threadgroup does not need"),
+    (r"mla_decode\.metal", r"-> for \(int p = 0; p <= PAIRS", "a pair more, past the last, which clang drops"),
+    (r"mla_merge", r"DEPTH = .* ->|d <= DEPTH", "chunks past the last, which are checked one by one"),
+    (r"mla_merge", r"-> for \(uint begin = 0; begin (<=|< uint\(LATENT \* 2)", "a round more, which writes nothing"),
     (
         r"mla_decode\.metal",
         r"-> (sums.*float2\(.*1\.0f|float total = 1\.0f)",
@@ -102,7 +107,7 @@ REASONS = [
     (r"quants", r"i < 3;.* -> .*i (< 4|<= 3);", "one word more than is used, which clang drops"),
     (r"quants", r"i < 4;.* -> .*i (< 5|<= 4);", "two values more than are used, which clang drops"),
     (r"quants", r"LANES == 32\) \{ ->", "the other branch gives the same sum"),
-    (r"experts_gate_up\.h", r"-> .*bias\[expert\] : 1\.0f", "the choice of an expert that is none is overwritten"),
+    (r"experts_gate_up\.h", r"-> .*bias\[expert\] : 1\.0f", "the choice of one that is none is overwritten"),
     (
         r"experts_gate_up\.h",
         r"-> if \((0u >=|expert >) uint\(EXPERTS\)",
@@ -116,7 +121,17 @@ REASONS = [
     (r"experts_gate_up\.h", r"-> float score = 1\.0f", "of a lane with nothing left, which never wins"),
     (r"experts_gate_up\.h", r"-> .*i <= PER_LANE", "experts past the last are not left"),
     (r"experts_gate_up\.h", r"-> .*: 0xfffffffeu", "still more than any expert"),
-    (r"experts_gate_up\.h", r"-> .*\(total - 1e-20f\)", "1e-20 shows only in a sum of 0"),
+    (r"experts_gate_up", r"-> .*\(total - 1e-20f\)", "1e-20 shows only in a sum of 0"),
+    (r"experts_gate_up", r"-> if \((1 &&|HAS_BIAS \|\|) expert", "reads through a null pointer; clang drops it"),
+    (
+        r"experts_gate_up",
+        r"-> if \(HAS_BIAS && (0u <|expert <=)",
+        "the choice of an expert that is none is overwritten",
+    ),
+    (r"experts_gate_up", r"-> .*isinf\(choice\)", "a NaN of x86 has its sign set, and comes last anyhow"),
+    (r"experts_gate_up", r"-> .*choice\) : 1u;|-> .*\? 1u : left", "still less than any choice"),
+    (r"experts_gate_up", r"-> uint expert = 1;", "overwritten in the first round"),
+    (r"experts_gate_up", r"-> if \(writes \|\| uint\(0\) <= slot", "rounds that the slot does not need"),
 ]
 
 # --- mutants
@@ -260,7 +275,7 @@ def cases() -> list[Any]:
     """A small part of the table: every type, dtype and path of the texts, in small launches of several rounds."""
     import mlx.core as mx
 
-    from parity_tests import test_kernels_launch, test_kernels_mla, test_kernels_traffic
+    from parity_tests import test_kernels_launch, test_kernels_mla, test_kernels_route, test_kernels_traffic
     from parity_tests.kernel_cases import KINDS, Down, Embed, GateUp, HeadQmv, Mla, Qmv, Route, block
 
     half, brain = mx.float16, mx.bfloat16
@@ -300,6 +315,10 @@ def cases() -> list[Any]:
         Mla(5, 7, 136, 62, tokens=2, room=2100),
         Mla(1, 2050, 32, 32, room=0),
         Mla(2, 33, 264, 16, tokens=2, kind="F32", values=33),
+        Mla(1, 9, 272, 16, kind="F32", values=9),
+        Mla(1, 9, 456, 8, kind="F16", values=9),
+        Mla(1, 9, 256, 8, kind="Q5_K", values=9),
+        Mla(1, 9, 256, 8, kind="Q6_K", values=9),
         Mla(3, 20, 96, 16, kind="Q8_0", values=31, dtype=brain),
         Embed("Q4_K", 17, 512, tokens=3),
         Embed("F16", 9, 1032, tokens=4, outside=True),
@@ -309,6 +328,7 @@ def cases() -> list[Any]:
             Call(test_kernels_mla.test_the_best_of_scores_far_below_zero_is_the_result, *at)
             for at in test_kernels_mla.FAR
         ),
+        Call(test_kernels_route.test_neighbouring_floats_are_told_apart),
         Call(test_kernels_mla.test_heads_do_not_share_a_largest_score),
         Call(test_kernels_mla.test_rows_are_written_in_place_and_nothing_else_is),
         *(

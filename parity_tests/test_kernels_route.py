@@ -67,3 +67,10 @@ def test_a_token_of_nan_shows_and_the_others_do_not_change(gating: Gating, bias:
     assert np.array(experts)[1].tolist() == [0, 1, 2, 3]
     for got, same in zip((experts, weights), clean, strict=True):
         assert bits(got[::2]) == bits(same[::2])
+
+
+def test_neighbouring_floats_are_told_apart() -> None:
+    """Choices of 1.5 and some units of its last place, the largest last."""
+    bias = mx.array((1 + np.arange(64) * 2.0**-23).astype(np.float32))
+    experts, _ = run(lambda: Route(64, 4).call(mx.zeros((1, 64)), bias))
+    assert np.array(experts).tolist() == [[63, 62, 61, 60]]
