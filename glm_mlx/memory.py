@@ -15,6 +15,7 @@ from glm_mlx.cache import whole_steps
 from glm_mlx.config import Config
 from glm_mlx.errors import InputError
 from glm_mlx.packing import packed_nbytes
+from kernels.mla_decode import QUERIES, block_rows
 
 LEAST_CONTEXT = 512  # tokens; a machine that has no room for more is too small for the model
 MOST_KEPT = 256 << 20  # bytes of freed buffers that MLX may always keep for the next operation
@@ -121,7 +122,7 @@ def plan_memory(
     InputError for a context that the model was not made for.
     """
     if context is not None and not 1 <= context <= cfg.context_length:
-        raise InputError(f"context is {context}; it must be 1 to {cfg.context_length}, which the model was made for")
+        raise InputError(f"context is {context}; it must be 1 to {cfg.context_length:,}, which the model was made for")
     tensors = list(tensors)
     weights = sum(_held_nbytes(cfg, tensor) for tensor in tensors)
     beside = _beside_weights(tensors)
@@ -176,8 +177,10 @@ def _scratch_nbytes(cfg: Config, beside: int, dtype: mx.Dtype, chunk: int, conte
     """The most that is alive at once, beside weights and cache, while the last chunk of a prompt is computed.
 
     Attention: the scores of a layer, H * L * S, in float32 and twice (masked and not), the cached rows in float32, and
-    queries and their results. Feed-forward: the hidden values, and what stands beside the weights. Both, as MLX may
-    prepare the one while the other runs. Or, where that is more, one layer of the cache a second time, as it grows.
+    queries and their results. Behind more rows than make a block, scores and results of as many blocks as MLX prepares
+    before the first is done, which was measured on a CPU. Feed-forward: the hidden values, and what stands beside the
+    weights. Both, as MLX may prepare the one while the other runs. Or, where that is more, one layer of the cache a
+    second time, as it grows.
     Held to what MLX measures on a CPU, at real widths but few experts, in `parity_tests/test_memory.py`. With all 64 of
     GLM-4.7-Flash, in Q4_0 and float32, by hand: chunks of 512 took 258 MB at the start of a prompt and 398 MB behind
     4,096 tokens, where this says 410 and 764. Never measured on a GPU.
@@ -185,7 +188,11 @@ def _scratch_nbytes(cfg: Config, beside: int, dtype: mx.Dtype, chunk: int, conte
     tokens = min(chunk, context)
     number = 4 if dtype == mx.float32 else 7  # values in 16 bits have a copy in float32 beside them, for a while
     heads, row, hidden = cfg.num_heads, cfg.cache_dim, cfg.hidden_size
-    attention = 2 * 4 * heads * tokens * context + 2 * 4 * row * context + number * tokens * heads * 2 * row
+    queries = heads * min(tokens, QUERIES)
+    block = block_rows(queries)
+    scores, results = (2, 0) if context <= block else (9, 10)
+    attention = 4 * (scores * queries + 2 * row) * min(context, block) + 4 * results * queries * row
+    attention += number * tokens * heads * 2 * row
     experts = cfg.num_experts_per_tok * 5 * (cfg.moe_intermediate_size + hidden)
     feed_forward = beside + number * tokens * max(5 * cfg.intermediate_size, experts)
     return max(attention + feed_forward, context * row * dtype.size)

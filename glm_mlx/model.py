@@ -25,6 +25,7 @@ from kernels.experts_down import experts_down
 from kernels.experts_gate_up import experts_gate_up, swiglu_ops
 from kernels.mla_decode import attend_ops, latent_rows_ops, mla_decode, rope_ops
 from kernels.planes import Weight
+from kernels.prefill import moe_prefill, takes
 from kernels.qmv import Norm, absorb, merge_heads, norm_qmv, qmv, qmv_all
 from kernels.route import Router
 
@@ -172,14 +173,22 @@ class MoE:
     def __call__(self, x: mx.array, tap: Tap = no_tap) -> mx.array:
         # float32: the biases of e_score_correction_bias differ by less than half precision resolves.
         normed, router_logits = norm_qmv(x, self.gate, self.norm, mx.float32)  # (B, L, D), (B, L, E)
-        hidden, shared_hidden, experts, weights = experts_gate_up(
-            normed, router_logits, self.router, self.gate_proj, self.up_proj, self.shared_gate, self.shared_up
-        )
+        gate, up, down = self.gate_proj, self.up_proj, self.down_proj
+        shared_gate, shared_up, shared_down = self.shared_gate, self.shared_up, self.shared_down
+        if takes(x.size // x.shape[-1], self.router, gate.shape[0]):
+            out, experts, weights = moe_prefill(
+                normed, router_logits, self.router, gate, up, down, shared_gate, shared_up, shared_down, x
+            )
+        else:
+            hidden, shared_hidden, experts, weights = experts_gate_up(
+                normed, router_logits, self.router, gate, up, shared_gate, shared_up
+            )
+            out = experts_down(hidden, shared_hidden, down, shared_down, experts, weights, x)
         tap("ffn_norm", normed)
         tap("router_logits", router_logits)
         tap("experts", experts)
         tap("expert_weights", weights)
-        return experts_down(hidden, shared_hidden, self.down_proj, self.shared_down, experts, weights, x)
+        return out
 
 
 class Block:

@@ -13,8 +13,9 @@ mla_decode(q_latent, q, kv_a, norm, wavelengths, cache, position, scale, v_b) ->
     y            (1, L, H * V)        dtype of q_latent; softmax and sums in float32
     cache        with the new rows: the kernel writes them in place and returns the array that it was given
 
-attend_ops(q_latent, q_pe, rows, scale) -> (B, H, L, R): the attention alone, with q_pe (B, H, L, P) rotated and rows
-(B, S, R + P) all valid, the last L of them those of the queries.
+attend_ops(q_latent, q_pe, rows, scale, context) -> (B, H, L, R): the attention alone, with q_pe (B, H, L, P) rotated
+and rows (B, S, R + P) all valid, or the first `context`; the last L of them are those of the queries. It goes through
+the rows in blocks, so that what it needs beside them is bounded at any depth and for any number of queries.
 
 Query i sees the rows before its own and its own. The value is a view of the key: the first R columns of the cache.
 Source: DeepSeek-V2 (arXiv 2405.04434), section 2.1 and appendix C, with k_b absorbed into the query.
@@ -28,6 +29,7 @@ cache must be refused by the caller, before.
 
 import math
 from functools import cache as memoised
+from typing import NamedTuple
 
 import mlx.core as mx
 
@@ -43,6 +45,12 @@ SHORT = 2048  # with fewer rows in the cache, more and smaller threadgroups are 
 MERGE_ROWS, MERGE_SIMDGROUPS = 4, 8  # rows of v_b of a simdgroup, simdgroups of a threadgroup
 MAX_LATENT = 2048  # a lane holds whole rows of v_b
 
+# Of attention without a kernel.
+QUERIES = 512  # of each head and sequence, at once
+SCORES = 16 << 20  # of a block, 4 bytes each: 1,536 rows of the cache for 512 queries of 20 heads
+ALIGNED = 128  # rows: blocks are multiples of it, where they are not shorter
+LEAST = mx.finfo(mx.float32).min  # score of a row that is not seen; of infinities, a block of nothing else makes NaN
+
 
 def rope_ops(x: mx.array, wavelengths: mx.array, position: int | mx.array) -> mx.array:
     """Rotate pairs (2i, 2i + 1) of (B, heads, L, P); `position` is that of the first row."""
@@ -52,19 +60,66 @@ def rope_ops(x: mx.array, wavelengths: mx.array, position: int | mx.array) -> mx
 def attend_ops(
     q_latent: mx.array, q_pe: mx.array, rows: mx.array, scale: float, context: mx.array | None = None
 ) -> mx.array:
-    """`context`: how many of the rows are valid, if not all."""
-    batch, heads, length, latent_dim = q_latent.shape
-    keys = rows.astype(mx.float32)
-    # All heads share the cache, so they are rows of one matmul.
-    q = mx.concatenate([q_latent, q_pe], axis=-1).astype(mx.float32) * scale
-    scores = (q.reshape(batch, heads * length, -1) @ keys.swapaxes(-1, -2)).reshape(batch, heads, length, -1)
-    if length > 1 or context is not None:
-        offset = (keys.shape[1] if context is None else context) - length
-        visible = mx.arange(keys.shape[1]) <= (offset + mx.arange(length))[:, None]
-        scores = mx.where(visible, scores, -mx.inf)
-    probabilities = mx.softmax(scores, axis=-1).reshape(batch, heads * length, -1)
-    out = probabilities @ keys[..., :latent_dim]
-    return out.reshape(batch, heads, length, latent_dim).astype(q_latent.dtype)
+    """`context`, (1,) or (B,) integers: how many of the rows are valid in each sequence, if not all."""
+    length, latent_dim = q_latent.shape[2:]
+    parts: list[mx.array] = []
+    for begin in range(0, length, QUERIES):
+        end = min(begin + QUERIES, length)
+        q = mx.concatenate([q_latent[:, :, begin:end], q_pe[:, :, begin:end]], axis=-1).astype(mx.float32) * scale
+        if parts:
+            q = mx.depends(q, parts[-1])  # one after the other, or the scores of all would be alive together
+        if context is None:
+            seen = rows.shape[1] - length + end  # by the last of these queries
+            part = _attend_in_blocks(q, rows[:, :seen], latent_dim, seen - (end - begin))
+        else:
+            part = _attend_in_blocks(q, rows, latent_dim, context.reshape(-1, 1, 1, 1) - length + begin)
+        parts.append(part.astype(q_latent.dtype))
+    return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)
+
+
+def _attend_in_blocks(q: mx.array, rows: mx.array, latent_dim: int, before: int | mx.array) -> mx.array:
+    """q (B, H, L, R + P), of which query i sees `before` + i + 1 rows -> (B, H, L, R)"""
+    batch, heads, length, width = q.shape
+    block = block_rows(batch * heads * length)
+    so_far: _Part | None = None
+    for begin in range(0, rows.shape[1], block):
+        keys = rows[:, begin : begin + block].astype(mx.float32)
+        end = begin + keys.shape[1]
+        if so_far is not None:
+            keys = mx.depends(keys, so_far.out)  # as above
+        # All heads share the cache, so they are rows of one matmul.
+        scores = (q.reshape(batch, heads * length, width) @ keys.swapaxes(-1, -2)).reshape(batch, heads, length, -1)
+        if isinstance(before, mx.array) or end > before + 1:
+            scores = mx.where(_visible(begin, end, before, length), scores, LEAST)
+        probabilities = mx.softmax(scores, axis=-1).reshape(batch, heads * length, -1)
+        out = (probabilities @ keys[..., :latent_dim]).reshape(batch, heads, length, latent_dim)
+        part = _Part(out, mx.logsumexp(scores, axis=-1, keepdims=True))
+        so_far = part if so_far is None else _merge(so_far, part)
+    assert so_far is not None
+    return so_far.out
+
+
+class _Part(NamedTuple):
+    """Attention to some of the rows alone, (B, H, L, R), and the logarithm of its sum of exponentials, (B, H, L, 1)."""
+
+    out: mx.array
+    log_sum: mx.array
+
+
+def _visible(begin: int, end: int, before: int | mx.array, length: int) -> mx.array:
+    """Which of the rows from `begin` to `end` each query sees: (L, rows), or (B or 1, 1, L, rows)."""
+    return mx.arange(begin, end) <= before + mx.arange(length)[:, None]
+
+
+def _merge(a: _Part, b: _Part) -> _Part:
+    log_sum = mx.logaddexp(a.log_sum, b.log_sum)
+    return _Part(a.out * mx.exp(a.log_sum - log_sum) + b.out * mx.exp(b.log_sum - log_sum), log_sum)
+
+
+def block_rows(queries: int) -> int:
+    """How many rows of the cache so many queries, those of all heads and sequences together, meet at a time."""
+    rows = max(1, SCORES // queries)
+    return rows if rows < ALIGNED else rows // ALIGNED * ALIGNED
 
 
 def latent_rows_ops(

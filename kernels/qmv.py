@@ -22,10 +22,10 @@ merge_heads(x, v_b) -> y, and the same with `_ops`
 
 head_qmv_ops(x, w): x (B, H, L, cols), w (H, rows, cols) -> (B, H, L, rows)
 
-gather_qmv_ops(x, w, experts) -> y
+gather_qmv_ops(x, w, experts, sorted_indices) -> y
     x        (T, K or 1, cols)
     w        (E, rows, cols)
-    experts  (T, K)  integers in [0, E)
+    experts  (T, K)  integers in [0, E), with `sorted_indices` ascending: MLX may then read each expert once for many
     y        (T, K, rows)
 
 The kernel takes up to 8 rows of x (of each head), reads the planes of each matrix once, at the file's own bits, and
@@ -260,17 +260,27 @@ def head_qmv_ops(x: mx.array, w: Weight) -> mx.array:
     return y.reshape(heads, batch, length, -1).swapaxes(0, 1)
 
 
-def gather_qmv_ops(x: mx.array, w: Weight, experts: mx.array) -> mx.array:
+def gather_qmv_ops(x: mx.array, w: Weight, experts: mx.array, sorted_indices: bool = False) -> mx.array:
     if experts.size <= w.shape[0]:
         # Few rows: deriving the affine scales of the chosen experts alone is cheaper than of all.
         return qmv_ops(x[..., None, :], w[experts])[..., 0, :]
     x32 = x.astype(mx.float32)[..., None, :]
     if isinstance(w, mx.array) or w.type.name == "IQ4_NL":
-        y = mx.gather_mm(x32, dequantize_ops(w).swapaxes(-1, -2), rhs_indices=experts)
+        w_t = dequantize_ops(w).swapaxes(-1, -2)
+        y = mx.gather_mm(x32, w_t, rhs_indices=experts, sorted_indices=sorted_indices)
     else:
         y = _sum(
             [
-                mx.gather_qmm(part, w.quants, scales, biases, None, experts, True, GROUP, w.type.bits)
+                mx.gather_qmm(
+                    part,
+                    w.quants,
+                    scales,
+                    biases,
+                    rhs_indices=experts,
+                    group_size=GROUP,
+                    bits=w.type.bits,
+                    sorted_indices=sorted_indices,
+                )
                 for part, scales, biases in _affine_terms(x32, w)
             ]
         )

@@ -8,6 +8,7 @@ import pytest
 
 from glm_mlx.cache import STEP
 from glm_mlx.make_tiny import TinySpec
+from kernels import mla_decode
 from parity_tests.budgets import check
 from parity_tests.compare import Array, load_whole, to_numpy
 from parity_tests.conftest import MakeModel
@@ -41,6 +42,20 @@ def test_chunked_prefill_equals_one_chunk(chunk: int, model_file: MakeModel) -> 
     path = model_file(TinySpec(layers=2))
     ids = tokens(STEP + 45)
     whole = run(path, ids, [len(ids)])
+    chunks = [min(chunk, len(ids) - start) for start in range(0, len(ids), chunk)]
+    check("same path", run(path, ids, chunks), whole, f"chunks of {chunk}")
+
+
+@pytest.mark.parametrize("chunk", [1, 31, 32, 33, 64, 100])
+def test_chunks_on_both_sides_of_a_block_edge_equal_one_chunk(
+    chunk: int, model_file: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks of 16 queries and 32 rows, against a whole prompt in one block."""
+    path = model_file(TinySpec(layers=2))
+    ids = tokens(100)
+    whole = run(path, ids, [len(ids)])
+    monkeypatch.setattr(mla_decode, "QUERIES", 16)
+    monkeypatch.setattr(mla_decode, "block_rows", lambda queries: 32)
     chunks = [min(chunk, len(ids) - start) for start in range(0, len(ids), chunk)]
     check("same path", run(path, ids, chunks), whole, f"chunks of {chunk}")
 

@@ -15,6 +15,7 @@ import glm_mlx.packing
 import kernels.experts_gate_up
 import kernels.mla_decode
 import kernels.planes
+import kernels.prefill
 import kernels.qmv
 from glm_mlx.cache import LatentCache
 from glm_mlx.config import Config
@@ -166,7 +167,33 @@ def swap_gate_and_up(moe: MoE) -> None:
 
 
 def next_expert(op: Any) -> Any:
-    return lambda x, w, experts: op(x, w, (experts + 1) % w.shape[0])
+    return lambda x, w, experts, *args, **kw: op(x, w, (experts + 1) % w.shape[0], *args, **kw)
+
+
+def in_blocks_of_7(plant: Plant) -> Plant:
+    """A fault that shows only where attention goes through the context in several blocks."""
+
+    def both(patch: pytest.MonkeyPatch) -> None:
+        patch.setattr(kernels.mla_decode, "QUERIES", 5)
+        patch.setattr(kernels.mla_decode, "block_rows", lambda queries: 7)
+        plant(patch)
+
+    return both
+
+
+def one_later_row_at_an_edge(visible: Any) -> Any:
+    """The last row of a block is seen one query too early."""
+
+    def wrong(begin: int, end: int, before: int, length: int) -> mx.array:
+        early = visible(begin - 1, end - 1, before, length)
+        return mx.where(mx.arange(begin, end) == end - 1, early, visible(begin, end, before, length))
+
+    return wrong
+
+
+def without_rescaling(merge: Any) -> Any:
+    """The sum is right, but what was added up before is not weighted anew."""
+    return lambda a, b: merge(a, b)._replace(out=a.out + b.out * mx.exp(b.log_sum - merge(a, b).log_sum))
 
 
 def stale_cache(update: Any) -> Any:
@@ -223,7 +250,25 @@ MUTANTS = {
     "one expert too few": Mutant(route(top_k=lambda r: r.top_k - 1), "layers.1.expert_weights"),
     "softmax gating read as sigmoid": Mutant(change_config(gating="sigmoid"), "layers.1.expert_weights", LITE),
     "each choice runs the next expert": Mutant(
-        instead(kernels.experts_gate_up, "gather_qmv_ops", next_expert), "layers.1.ffn_out"
+        instead(kernels.prefill, "gather_qmv_ops", next_expert), "layers.1.ffn_out"
+    ),
+    "each choice of a few tokens runs the next expert": Mutant(
+        instead(kernels.experts_gate_up, "gather_qmv_ops", next_expert), "decode"
+    ),
+    "experts' results in the order of experts": Mutant(
+        instead(kernels.prefill, "unsort", lambda f: lambda x, order: x), "layers.1.ffn_out"
+    ),
+    "experts' results sorted twice": Mutant(
+        instead(kernels.prefill, "unsort", lambda f: lambda x, order: x[order]), "layers.1.ffn_out"
+    ),
+    "blocks of the context: one row too many at an edge": Mutant(
+        in_blocks_of_7(instead(kernels.mla_decode, "_visible", one_later_row_at_an_edge)), "layers.0.attn_out"
+    ),
+    "blocks of the context: no rescaling": Mutant(
+        in_blocks_of_7(instead(kernels.mla_decode, "_merge", without_rescaling)), "layers.0.attn_out"
+    ),
+    "blocks of the context: only the last": Mutant(
+        in_blocks_of_7(instead(kernels.mla_decode, "_merge", lambda f: lambda a, b: b)), "layers.0.attn_out"
     ),
     "gate and up swapped": Mutant(after_init(MoE, swap_gate_and_up), "layers.1.ffn_out"),
     "no shared expert": Mutant(after_init(MoE, without_shared_expert), "layers.1.ffn_out"),
@@ -273,6 +318,12 @@ def first_fault(path: Path) -> str | None:
 def test_without_a_fault_nothing_breaks(spec: TinySpec, model_file: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compare, "Reference", reference)
     assert first_fault(model_file(spec)) is None
+
+
+def test_without_a_fault_nothing_breaks_in_blocks(model_file: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compare, "Reference", reference)
+    in_blocks_of_7(lambda patch: None)(monkeypatch)
+    assert first_fault(model_file(GLM)) is None
 
 
 @pytest.mark.parametrize("name", MUTANTS)

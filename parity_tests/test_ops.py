@@ -4,6 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from kernels import mla_decode
 from kernels.experts_down import experts_down_ops
 from kernels.experts_gate_up import experts_gate_up_ops
 from kernels.mla_decode import attend_ops
@@ -14,19 +15,96 @@ from parity_tests.test_quants import weight
 LATENT, ROPE = 64, 16
 
 
+def attention_by_hand(q: np.ndarray, rows: np.ndarray, before: int) -> np.ndarray:
+    """One sequence in float64, query by query: q (H, L, R + P), rows (S, R + P) -> (H, L, R)"""
+    want = np.zeros((*q.shape[:2], LATENT))
+    for i in range(q.shape[1]):
+        seen = rows[: before + i + 1].astype(np.float64)
+        scores = np.einsum("hw,sw->hs", q[:, i], seen) * 0.25
+        p = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        want[:, i] = (p / p.sum(axis=-1, keepdims=True)) @ seen[:, :LATENT]
+    return want
+
+
+def queries_and_rows(sequences: int, length: int, rows: int) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(length + rows)
+    q = rng.standard_normal((sequences, 3, length, LATENT + ROPE)).astype(np.float32)
+    return q, rng.standard_normal((sequences, rows, LATENT + ROPE)).astype(np.float32)
+
+
+def attend(q: np.ndarray, rows: np.ndarray, context: mx.array | None = None) -> np.ndarray:
+    return np.array(attend_ops(mx.array(q[..., :LATENT]), mx.array(q[..., LATENT:]), mx.array(rows), 0.25, context))
+
+
+def in_blocks(patch: pytest.MonkeyPatch, queries: int, rows: int) -> None:
+    """Attention in blocks of so many queries and rows."""
+    patch.setattr(mla_decode, "QUERIES", queries)
+    patch.setattr(mla_decode, "block_rows", lambda _: rows)
+
+
 @pytest.mark.parametrize(("length", "offset"), [(1, 0), (1, 1), (1, 31), (1, 300), (2, 0), (5, 7), (33, 100)])
 def test_attention_agrees_with_float64_and_sees_no_later_row(length: int, offset: int) -> None:
-    rng = np.random.default_rng(length + offset)
-    q = rng.standard_normal((2, 3, length, LATENT + ROPE)).astype(np.float32)
-    cache = rng.standard_normal((2, offset + length, LATENT + ROPE)).astype(np.float32)
-    want = np.zeros((2, 3, length, LATENT))
-    for i in range(length):
-        rows = cache[:, : offset + i + 1].astype(np.float64)
-        scores = np.einsum("bhw,bsw->bhs", q[:, :, i], rows) * 0.25
-        p = np.exp(scores - scores.max(axis=-1, keepdims=True))
-        want[:, :, i] = np.einsum("bhs,bsr->bhr", p / p.sum(axis=-1, keepdims=True), rows[..., :LATENT])
-    got = attend_ops(mx.array(q[..., :LATENT]), mx.array(q[..., LATENT:]), mx.array(cache), 0.25)
-    check("attention op", np.array(got), want, f"{length} queries at {offset}")
+    q, rows = queries_and_rows(2, length, offset + length)
+    want = [attention_by_hand(*one, offset) for one in zip(q, rows, strict=True)]
+    check("attention op", attend(q, rows), want, f"{length} queries at {offset}")
+
+
+@pytest.mark.parametrize("length", [1, 7, 8, 9, 33])
+@pytest.mark.parametrize("offset", [0, 1, 14, 15, 16, 17, 48])
+@pytest.mark.parametrize(("queries", "block"), [(8, 16), (8, 1), (5, 7), (64, 16)])
+def test_attention_in_blocks_agrees_with_float64(
+    queries: int, block: int, offset: int, length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Contexts and chunks that end before, at and behind the edge of a block."""
+    in_blocks(monkeypatch, queries, block)
+    q, rows = queries_and_rows(2, length, offset + length)
+    want = [attention_by_hand(*one, offset) for one in zip(q, rows, strict=True)]
+    check("attention op", attend(q, rows), want, f"{length} queries at {offset}, blocks of {queries} and {block}")
+
+
+@pytest.mark.parametrize("block", [7, 16, 1000])
+def test_sequences_of_different_lengths_see_only_their_own_context(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What stands behind a sequence's context is another's, or nobody's: large numbers would show."""
+    in_blocks(monkeypatch, 4, block)
+    contexts = [9, 16, 17, 40]
+    q, rows = queries_and_rows(len(contexts), 9, 40)
+    for sequence, context in enumerate(contexts):
+        rows[sequence, context:] = 1e4
+    want = [attention_by_hand(q[i], rows[i], context - 9) for i, context in enumerate(contexts)]
+    check("attention op", attend(q, rows, mx.array(contexts)), want, f"blocks of {block}")
+
+
+def test_scores_far_apart_in_different_blocks_stay_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The best row of all comes in the last block, the worst in the first: exponentials over- and underflow."""
+    in_blocks(monkeypatch, 2, 8)
+    q, rows = queries_and_rows(1, 3, 40)
+    rows *= np.linspace(0.1, 40, 40, dtype=np.float32)[:, None]
+    check("attention op", attend(q, rows)[0], attention_by_hand(q[0], rows[0], 37), "scores far apart")
+
+
+@pytest.mark.parametrize("queries", [1, 20, 20 * 8, 20 * 512, 4 * 20 * 512, 1 << 30])
+def test_a_block_holds_no_more_scores_than_are_allowed(queries: int) -> None:
+    """And not many fewer. A whole context of GLM-4.7-Flash is one block for one token."""
+    rows = mla_decode.block_rows(queries)
+    assert rows == 1 or 0.75 * mla_decode.SCORES <= rows * queries <= mla_decode.SCORES
+    assert queries > 20 or rows >= 202_752
+
+
+def test_attention_takes_as_much_memory_at_any_depth(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mla_decode, "SCORES", 3 * 64 * 512)
+
+    def taken(rows: int) -> int:
+        q = mx.random.normal((1, 3, 64, LATENT + ROPE))
+        cache = mx.random.normal((1, rows, LATENT + ROPE))
+        mx.eval(q, cache)
+        held = mx.get_active_memory()
+        mx.reset_peak_memory()
+        mx.eval(attend_ops(q[..., :LATENT], q[..., LATENT:], cache, 0.25))
+        return mx.get_peak_memory() - held
+
+    shallow, deep = taken(4096), taken(32_768)
+    assert shallow > 4 * 3 * 64 * 512
+    assert deep < 1.5 * shallow
 
 
 def route_by_hand(
