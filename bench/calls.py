@@ -182,10 +182,11 @@ def _watching(
 
         return call
 
+    modules = {f"kernels.{op}" for op in launcher.OPS}
     ops = {
         name: value
         for name, value in vars(model_module).items()
-        if inspect.isfunction(value) and value.__module__.startswith("kernels.")
+        if inspect.isfunction(value) and value.__module__ in modules
     }
     try:
         for name, function in ops.items():

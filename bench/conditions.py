@@ -83,7 +83,11 @@ def conditions() -> dict[str, Any]:
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "chip": chip,
         "back_end": back_end(),
-        "device_info": {key: value if isinstance(value, int | float) else str(value) for key, value in info.items()},
+        "device_info": {
+            key: value if isinstance(value, int | float) else str(value)
+            for key, value in info.items()
+            if key not in ("uuid", "pci_bus_id")  # of this one card
+        },
         "gpu_cores": gpu_cores,
         "gpu_settings": _output("nvidia-smi", f"--query-gpu={_NVIDIA_FIELDS}", "--format=csv,noheader")
         if back_end() == "cuda"
@@ -235,7 +239,7 @@ _NVIDIA_FIELDS = "driver_version,power.limit,clocks.max.sm,clocks.max.mem,persis
 def _system() -> str:
     if sys.platform == "darwin":
         return f"macOS {platform.mac_ver()[0]}"
-    name = f"{platform.system()} {platform.release()} {platform.machine()}"
+    name = f"{platform.system()} {platform.release().split('-')[0]} {platform.machine()}"
     try:
         return f"{platform.freedesktop_os_release()['PRETTY_NAME']}, {name}"
     except (OSError, KeyError):

@@ -8,7 +8,6 @@ must do), reading it into a buffer that is used again (the disk or page cache al
 each, the file is dropped from the page cache where the system lets us.
 """
 
-import argparse
 import json
 import os
 import platform
@@ -20,13 +19,16 @@ from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[0] = str(ROOT)  # the repository instead of this folder, whose names would hide others
 
 from dataclasses import replace  # noqa: E402
 
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
+from bench import script  # noqa: E402
+from glm_mlx.command import Parser, run  # noqa: E402
+from glm_mlx.gguf import GGUFFile  # noqa: E402
 from glm_mlx.make_tiny import GLM_FLASH, make_tiny  # noqa: E402
 
 WAYS = {
@@ -55,11 +57,13 @@ def measure(path: Path, work: str, cold: bool) -> float:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = Parser(prog="python bench/load.py", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", nargs="?", type=Path, help="a .gguf file in one part")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=script.whole(1), default=5, help="default 5")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every sample and the conditions there")
     args = parser.parse_args()
+    if args.model is not None:
+        GGUFFile(args.model)  # here, where what is wrong with it is one line
     with tempfile.TemporaryDirectory() as folder:
         path = args.model or make_tiny(
             Path(folder) / "glm-4-layers.gguf", replace(GLM_FLASH, layers=4, overrides={"output.weight": "Q6_K"})
@@ -93,4 +97,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

@@ -18,7 +18,7 @@ def usable(path: Path) -> Path:
     if not path.absolute().parent.is_dir():
         raise InputError(f"cannot write {shown(path)}: there is no such folder; make it first")
     if importlib.util.find_spec("matplotlib") is None:
-        raise InputError("--plot needs matplotlib: pip install matplotlib, or leave --plot out")
+        raise InputError("--plot needs matplotlib: pip install -e '.[plot]', or leave --plot out")
     return path
 
 

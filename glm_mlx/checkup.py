@@ -115,8 +115,8 @@ def _check_all(on_gpu: bool, timed: bool) -> dict[Variant, Result]:
                     new = {index: variant for index, variant in enumerate(variants) if variant not in found}
                     results = _check_together(workers, file, dtype, list(new)) if len(workers) > 1 else {}
                     for index, variant in new.items():
-                        # Times are taken one at a time.
-                        if index not in results or (timed and results[index].error is None):
+                        # Alone: what is timed, and what failed, for which a kernel beside it may be to blame.
+                        if index not in results or timed or results[index].error is not None:
                             results[index] = workers[0].check(index, timed)
                         found[variant] = results[index]
                 file.unlink()

@@ -5,6 +5,7 @@ import signal
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -100,13 +101,21 @@ class Isolated:
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")  # a GPU's context does not survive a fork
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=self.serve, args=(theirs,), daemon=True)
-        self.process.start()
+        process = context.Process(target=self.serve, args=(theirs,), daemon=True)
+        # Ctrl-C is the parent's to answer, from the first moment: a signal that is blocked here is blocked there. The
+        # tracker, which would be started on the way, unblocks it.
+        resource_tracker.ensure_running()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        self.process = process
         theirs.close()  # so that its end shows here
 
     def _ask(self, *request: Any) -> Any:
-        assert self.process is not None
-        compiled = False
+        process, compiled = self.process, False
+        assert process is not None
         try:
             self.connection.send(request)
             while self.connection.poll(self.longest):
@@ -118,8 +127,8 @@ class Isolated:
                 compiled = True
             why = f"no answer in {self.longest:g} s"
         except (EOFError, ConnectionError):
-            self.process.join()
-            why = f"the process ended with {_named(self.process.exitcode)}"
+            process.join()
+            why = f"the process ended with {_named(process.exitcode)}"
         self.close()
         raise LostError(why, compiled)
 

@@ -5,10 +5,10 @@ Sources: transformers `modular_glm4_moe_lite.py` and `modeling_deepseek_v3.py`; 
 
 B batch, L new tokens, S cached + new tokens, D hidden_size 2048, H heads 20, R kv_lora_rank 512,
 P qk_rope_head_dim 64, N qk_nope_head_dim 192, V v_head_dim 256, E experts 64, K experts per token 4,
-F moe_intermediate_size 1536, T = B * L.
+F moe_intermediate_size 1536.
 
 Each function of `kernels` launches its kernel where there is a GPU and the tokens are few, and else computes the same
-with MLX's operations; those named `_ops` have no kernel yet.
+with MLX's operations; those named `_ops` have no kernel, nor has `moe_prefill`, which is for many tokens.
 """
 
 import math

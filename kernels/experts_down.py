@@ -6,7 +6,7 @@ experts_down(hidden, shared_hidden, down, shared_down, experts, weights, residua
     down           (E, D, F)   `Weight`
     shared_down    (D, S)      `Weight` or None
     experts        (T, K)      integers in [0, E); the kernel clamps others
-    weights        (T, K)      float32, from `route`, scale included
+    weights        (T, K)      float32, from `experts_gate_up`, scale included
     residual       (T, D)      added to the result, or None
     y              (T, D)      dtype of hidden; the shared expert is added unweighted; summed in float32
 

@@ -216,6 +216,10 @@ def _launches(
         MERGE_ROWS=MERGE_ROWS,
         MERGE_SIMDGROUPS=MERGE_SIMDGROUPS,
     )
+    # Half of the simdgroups put their sums into threadgroup memory.
+    half = (simdgroups + 1) // 2
+    while heads_at_once > 1 and half * heads_at_once * (latent_dim + 2) * 4 > launcher.MAX_THREADGROUP_BYTES:
+        heads_at_once //= 2
     splits = min(most, max(1, room // rows_of_split))
     values = v_b[1][1]
     fits = v_b[1] == (heads, values, latent_dim)
@@ -225,7 +229,7 @@ def _launches(
         (fits, f"v_b of shape {v_b[1]} for {heads} heads of {latent_dim} values"),
         (32 % scores == 0, f"{heads_at_once} heads and {rows_at_once} rows at once; their product must divide 32"),
     )
-    half_of_them = (simdgroups + 1) // 2 * heads_at_once
+    half_of_them = half * heads_at_once
     made = length * (latent_dim + rope_dim) * dtype.size // 4  # floats of room for the new rows
     shared = max(half_of_them * latent_dim, made)
     attend = launcher.prepare(

@@ -90,7 +90,8 @@ def _qmv(
 ) -> list[mx.array]:
     tokens = x.size // x.shape[-1]
     back_end = launcher.back_end("qmv") if tokens <= launcher.MAX_TOKENS else None
-    if back_end is None or not launcher.fits(*weights):
+    tiny = residual is not None and residual.size < 8  # see launcher.fits
+    if back_end is None or tiny or not launcher.fits(*weights):
         # In float32 where the result is: the router's norm is not rounded first.
         wide = x.astype(mx.float32) if dtype == mx.float32 else x
         normed = wide if norm is None else norm(wide)

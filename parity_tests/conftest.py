@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
+from bench.conditions import commit
 from glm_mlx.make_tiny import TinySpec, make_tiny
 from parity_tests import budgets
 
@@ -80,11 +82,13 @@ def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pyte
     if path := config.getoption("--errors-to"):
         counts = {outcome: len(terminalreporter.stats.get(outcome, [])) for outcome in ("passed", "failed", "error")}
         conditions = {
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "commit": commit(),
             "device": {
                 key: str(value) for key, value in mx.device_info().items() if key in ("device_name", "architecture")
             },
             "mlx": version("mlx"),
             "tinygrad": version("tinygrad"),
-            "arguments": config.invocation_params.args,
+            "tests": [argument for argument in config.args if "/" in argument],
         }
         Path(path).write_text(json.dumps({"conditions": conditions, "tests": counts, "errors": rows}, indent=1) + "\n")

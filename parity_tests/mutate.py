@@ -113,12 +113,6 @@ REASONS = [
         r"-> if \((0u >=|expert >) uint\(EXPERTS\)",
         "an expert that is none is never left to be chosen",
     ),
-    (
-        r"experts_gate_up\.h",
-        r"-> .*is_left.*(0u <|candidate <=)",
-        "an expert that is none has the least choice, and the highest index",
-    ),
-    (r"experts_gate_up\.h", r"-> float score = 1\.0f", "of a lane with nothing left, which never wins"),
     (r"experts_gate_up\.h", r"-> .*i <= PER_LANE", "experts past the last are not left"),
     (r"experts_gate_up\.h", r"-> .*: 0xfffffffeu", "still more than any expert"),
     (r"experts_gate_up", r"-> .*\(total - 1e-20f\)", "1e-20 shows only in a sum of 0"),

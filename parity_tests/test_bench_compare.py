@@ -639,4 +639,4 @@ def test_a_missing_matplotlib_is_one_line_before_anything_is_measured(
 ) -> None:
     monkeypatch.setattr(plot.importlib.util, "find_spec", lambda name: None)
     assert script.run(lambda: compare.main(["--plot", str(tmp_path / "speed.png")])) == 2
-    assert capsys.readouterr().err == "error: --plot needs matplotlib: pip install matplotlib, or leave --plot out\n"
+    assert capsys.readouterr().err == "error: --plot needs matplotlib: pip install -e '.[plot]', or leave --plot out\n"

@@ -142,7 +142,7 @@ def test_bytes_of_the_calls_are_those_of_a_token() -> None:
 
 def test_every_call_launches_what_its_op_says_and_knows_its_layer() -> None:
     found = recorded()
-    assert all(call.launches for call in found if call.op not in ("swiglu", "route"))
+    assert all(call.launches for call in found if call.op != "swiglu")
     for i in range(6):
         own = [call for call in found if call.place == Place("attention", i)]
         names = " ".join(name for call in own for name in call.weights)
@@ -254,6 +254,7 @@ def test_commits_by_operations_and_by_elements() -> None:
 
 def test_limits_come_from_the_device_and_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     assert commits.limits() is None  # a CPU
+    monkeypatch.delenv("MLX_MAX_OPS_PER_BUFFER", raising=False)  # which glm_mlx sets on Linux
     info = {"architecture": "applegpu_g14s", "compute_capability_major": 9, "compute_capability_minor": 0}
     monkeypatch.setattr(mx, "device_info", lambda: info)
     monkeypatch.setattr(commits, "back_end", lambda: "metal")

@@ -716,7 +716,7 @@ def test_help_says_what_the_exit_codes_mean() -> None:
         (["--fast"], "--fast"),
         (["--model", "/no/such.gguf"], "/no/such.gguf"),
         (["--context", "few"], "few"),
-        (["--context", "300000"], "202752"),
+        (["--context", "300000"], "202,752"),
         (["--json", "/no/such/folder/x.json"], "/no/such/folder/x.json"),
         (["--json", "."], "."),
     ],

@@ -43,6 +43,7 @@ CASES: dict[str, Case] = {
 }
 TO_TWIN: dict[str, Case] = {
     **{f"{op}: {TOO_MANY} tokens": replace(case, tokens=TOO_MANY) for op, case in CASES.items()},  # type: ignore
+    "qmv: a residual of four": Qmv(("F32",), (4,), 64, residual=True),
     "embed: rows of 20": Embed("F16", 16, 20),
     "qmv: rows of 20": Qmv(("F32",), (16,), 20),
     "qmv: fewer than eight scales": Qmv(("Q4_0", "Q4_0"), (7, 16), 32),

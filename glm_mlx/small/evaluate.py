@@ -4,7 +4,6 @@ The exam goes through the product's own engine, on the quantised file, greedily.
 multi-token prediction, use of the experts) come from training's forward pass over the file's dequantised weights.
 """
 
-import argparse
 import json
 import math
 import sys
@@ -21,8 +20,8 @@ from rich.progress import track
 from rich.table import Table
 
 from glm_mlx.chat import ChatTemplate, ReasoningSplitter, encode_chat
+from glm_mlx.command import Parser, run
 from glm_mlx.engine import Engine
-from glm_mlx.errors import InputError
 from glm_mlx.gguf import GGUFFile
 from glm_mlx.load import Loaded, load_model
 from glm_mlx.make_tiny import tensor_shapes
@@ -188,9 +187,7 @@ def evaluate(path: Path, unquantised: Path | None, count: int, workers: int, sho
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m glm_mlx.small.evaluate", description=(__doc__ or "").splitlines()[0]
-    )
+    parser = Parser(prog="python -m glm_mlx.small.evaluate", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", type=Path, default=SMALL_MODEL, metavar="FILE", help="default: the shipped one")
     parser.add_argument("--unquantised", type=Path, metavar="FILE", help="the same in F32, to compare perplexity")
     parser.add_argument("--count", type=int, default=100, metavar="N", help="cases of each exam (default 100)")
@@ -198,13 +195,9 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
     parser.add_argument("--show", action="store_true", help="print every wrong answer")
     args = parser.parse_args()
-    try:
-        results = evaluate(args.model, args.unquantised, args.count, args.workers, args.show)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    for path in filter(None, (args.model, args.unquantised)):
+        GGUFFile(path)  # here, where what is wrong with it is one line
+    results = evaluate(args.model, args.unquantised, args.count, args.workers, args.show)
     table = Table("what", "value", "wanted", "verdict", title=f"{args.model.name}, held-out")
     for result in results:
         sign = "≥" if result.at_least else "≤"
@@ -217,4 +210,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

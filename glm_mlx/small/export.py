@@ -3,7 +3,6 @@
 Types as in published files: Q4_0, with k_b, v_b and kv_a in Q8_0, the output in Q6_K, norms and router in F32.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from gguf.constants import GGMLQuantizationType
 
+from glm_mlx.command import Parser, run
 from glm_mlx.errors import InputError
 from glm_mlx.make_tiny import TinySpec, tensor_shapes, type_of, write_model
 from glm_mlx.small.train import SMALL
@@ -108,18 +108,14 @@ def _tensors(spec: TinySpec, state: Any, vocabulary: dict[str, Any]) -> Iterator
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m glm_mlx.small.export", description=(__doc__ or "").splitlines()[0])
+    parser = Parser(prog="python -m glm_mlx.small.export", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--run", type=Path, required=True, metavar="FOLDER", help="of the training run")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the .gguf file to write")
     parser.add_argument("--float", action="store_true", help="every matrix in F32, to measure what quantisation costs")
     args = parser.parse_args()
-    try:
-        export(args.run, args.out, types={"": "F32"} if args.float else None)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    export(args.run, args.out, types={"": "F32"} if args.float else None)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

@@ -3,13 +3,13 @@
 Needs matplotlib, the extra `plot`.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
 
 import numpy as np
 
+from glm_mlx.command import Parser, run
 from glm_mlx.errors import InputError
 from glm_mlx.gguf import shown
 
@@ -75,17 +75,13 @@ def _medians(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m glm_mlx.small.plot", description=(__doc__ or "").splitlines()[0])
+    parser = Parser(prog="python -m glm_mlx.small.plot", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--run", type=Path, required=True, metavar="FOLDER", help="of the training run")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the .png or .svg file to write")
     args = parser.parse_args()
-    try:
-        draw(args.run, args.out)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    draw(args.run, args.out)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

@@ -7,7 +7,6 @@ The last part of the run trains through Q4_0's rounding (straight-through, arXiv
 Q4_0 and so small a model has little to spare.
 """
 
-import argparse
 import json
 import multiprocessing
 import os
@@ -27,6 +26,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from glm_mlx.chat import GLM_TEMPLATE, ChatTemplate
+from glm_mlx.command import Parser, run
 from glm_mlx.errors import InputError
 from glm_mlx.make_tiny import TinySpec
 from glm_mlx.small.corpus import conversations, encode
@@ -287,20 +287,17 @@ def train(recipe: Recipe, out: Path, workers: int, checkpoint_every: int = 500) 
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m glm_mlx.small.train", description=(__doc__ or "").splitlines()[0])
+    parser = Parser(prog="python -m glm_mlx.small.train", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for checkpoints and the log")
-    parser.add_argument("--steps", type=int, default=Recipe.steps)
+    parser.add_argument("--steps", type=int, default=Recipe.steps, help=f"default {Recipe.steps}")
     parser.add_argument("--rows", type=int, default=Recipe.rows, help="rows of 512 tokens in a batch")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the weights and the text (default 0)")
     parser.add_argument(
         "--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2), help="processes that make text"
     )
     args = parser.parse_args()
     try:
         train(Recipe(steps=args.steps, rows=args.rows, seed=args.seed), args.out, args.workers)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
@@ -308,4 +305,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))
