@@ -5,6 +5,8 @@ import numpy as np
 import pytest
 
 from glm_mlx.make_tiny import GLM_FLASH, TinySpec
+from kernels.prefill import takes
+from kernels.route import Router
 from parity_tests.budgets import record
 from parity_tests.compare import TapError, compare_layers
 from parity_tests.conftest import MakeModel
@@ -30,11 +32,14 @@ def test_every_tap_of_every_layer_agrees(name: str, model_file: MakeModel) -> No
 
 
 def test_full_width_layers_agree(model_file: MakeModel) -> None:
-    """One dense and one MoE layer of GLM-4.7-Flash's real shapes, 64 experts of 1536."""
-    assert_taps(list(compare_layers(model_file(GLM_FLASH), tokens(8))), "full width")
+    """One dense and one MoE layer of GLM-4.7-Flash's real shapes, 64 experts of 1536, with so many tokens that their
+    choices are sorted by expert."""
+    assert takes(17, Router(None, 4, "sigmoid", True, 1.8), 64)
+    assert_taps(list(compare_layers(model_file(GLM_FLASH), tokens(17))), "full width")
 
 
 def test_full_width_layers_agree_in_the_unsloth_mix(model_file: MakeModel) -> None:
+    """With few tokens."""
     spec = VARIANTS["GLM Unsloth Q4_0"]
     full = TinySpec(**{**vars(GLM_FLASH), "overrides": spec.overrides, "seed": 1})
     assert_taps(list(compare_layers(model_file(full), tokens(8))), "full width, mixed types")
