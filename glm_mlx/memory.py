@@ -183,7 +183,8 @@ def _scratch_nbytes(cfg: Config, beside: int, dtype: mx.Dtype, chunk: int, conte
     second time, as it grows.
     Held to what MLX measures on a CPU, at real widths but few experts, in `parity_tests/test_memory.py`. With all 64 of
     GLM-4.7-Flash, in Q4_0 and float32, by hand: a layer took 319 MB for the first 512 tokens of a prompt and 329 MB
-    behind 1,536, its attention alone 558 MB behind 4,608, where this says 410, 1,175 and 1,175. Never measured on a GPU.
+    behind 1,536, its attention alone 558 MB behind 4,608, where this says 410, 1,175 and 1,175. Never measured on a
+    GPU.
     """
     tokens = min(chunk, context)
     number = 4 if dtype == mx.float32 else 7  # values in 16 bits have a copy in float32 beside them, for a while

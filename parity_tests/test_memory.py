@@ -94,7 +94,7 @@ def test_auto_is_the_largest_context_that_fits(
 
 @pytest.mark.parametrize("context", [0, -1, 4097])
 def test_a_context_that_the_model_does_not_have_is_refused(context: int, model_file: MakeModel) -> None:
-    with pytest.raises(InputError, match=f"context is {context}; it must be 1 to 4096"):
+    with pytest.raises(InputError, match=f"context is {context}; it must be 1 to 4,096"):
         open_model(model_file(TinySpec()), context=context)
 
 
