@@ -91,13 +91,16 @@ def test_a_block_holds_no_more_scores_than_are_allowed(queries: int) -> None:
 
 
 def attention_memory(queries: int, rows: int) -> int:
-    """Bytes that attention takes beside what it is given, for 3 heads."""
+    """Bytes that attention takes beside what it is given, for 3 heads. The least of three: a busy machine frees late."""
     q, cache = mx.random.normal((1, 3, queries, LATENT + ROPE)), mx.random.normal((1, rows, LATENT + ROPE))
     mx.eval(q, cache)
-    held = mx.get_active_memory()
-    mx.reset_peak_memory()
-    mx.eval(attend_ops(q[..., :LATENT], q[..., LATENT:], cache, 0.25))
-    return mx.get_peak_memory() - held
+    taken = []
+    for _ in range(3):
+        held = mx.get_active_memory()
+        mx.reset_peak_memory()
+        mx.eval(attend_ops(q[..., :LATENT], q[..., LATENT:], cache, 0.25))
+        taken.append(mx.get_peak_memory() - held)
+    return min(taken)
 
 
 def test_attention_takes_no_more_memory_at_any_depth(monkeypatch: pytest.MonkeyPatch) -> None:
