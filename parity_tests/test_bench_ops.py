@@ -264,6 +264,7 @@ def test_bytes_of_a_token_are_those_that_a_decode_step_touches(monkeypatch: pyte
 
     for name, value in vars(glm_mlx.model).items():
         of_kernels = callable(value) and getattr(value, "__module__", "").startswith("kernels.")
+        of_kernels = of_kernels and value.__module__ != "kernels.prefill"
         if of_kernels and value not in (Norm, Router):
             monkeypatch.setattr(glm_mlx.model, name, watched(value))
     normed = watched(Norm.__call__)
