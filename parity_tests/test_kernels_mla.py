@@ -64,6 +64,11 @@ def test_agrees_with_float64_at_real_shapes(case: Mla) -> None:
     verify(case, "fast")
 
 
+def test_agrees_with_float64_at_the_end_of_the_longest_context() -> None:
+    """RoPE's angles are largest there."""
+    verify(Mla(1, 202_752, 64, 8, room=0), "fast")
+
+
 FAR = [(100, 0), (100, 40), (100, 98), (2100, 2000)]  # context, a row of it
 
 
