@@ -10,6 +10,7 @@ An op asks `back_end()`. Without one (a CPU, or kernels switched off) it uses it
 
 import hashlib
 import re
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from typing import Any, TypeAlias, cast
 
 import mlx.core as mx
 
+from kernels.cache_folder import cache_folder
 from kernels.planes import QUANT_TYPES, QuantizedTensor, Weight
 
 HERE = Path(__file__).resolve().parent
@@ -206,7 +208,7 @@ def prepare(
     if back_end is mx.fast.cuda_kernel:
         # CUDA's word for a threadgroup's array differs from its word for a pointer to one, which is none.
         body = re.sub(r"^(\s*)threadgroup (?=\w+ \w+\[)", r"\1__shared__ ", body, flags=re.MULTILINE)
-        header = _text("cuda_prelude.h") + header
+        body, header = _included(op, body), _included(op, _text("cuda_prelude.h") + header)
     # MLX keeps a compiled kernel by its name and its template alone.
     digest = hashlib.sha256((header + body).encode()).hexdigest()[:12]
     kernel = back_end(name=f"{op}_{digest}", input_names=names, output_names=list(outputs), source=body, header=header)
@@ -239,6 +241,26 @@ def _check_writes(op: str, body: str, inputs: Sequence[str], writes: Sequence[st
         raise KernelRefusedError(op, why)
     if unknown := set(writes) - set(inputs):
         raise KernelRefusedError(op, f"writes {', '.join(sorted(unknown))}; its inputs: {', '.join(inputs)}")
+
+
+def _included(op: str, text: str) -> str:
+    """A line that includes the text from the user's cache folder; the text itself where nothing can be written.
+
+    For each launch MLX's CUDA back end hashes the whole text of the kernel: for our 40 KB that took longer than all else
+    (bench/LOG.md). NVRTC reads the file when it compiles.
+    """
+    file = cache_folder() / "cuda" / f"{op}_{hashlib.sha256(text.encode()).hexdigest()[:12]}.h"
+    if re.search(r'["\\\n]', str(file)):
+        return text
+    try:
+        if not file.exists() or file.read_text() != text:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as new:
+                new.write(text)
+            Path(new.name).replace(file)  # in one step: another process may be reading it
+    except OSError:
+        return text
+    return f'#include "{file}"\n'
 
 
 @cache
