@@ -40,20 +40,20 @@ if (end > cached) {
     for (int p = 0; p < PAIRS; ++p) {
       const uint pair = uint(p) * 32 + lane;
       values[p] = as_float<T>(load_pair(kv_a + r * uint(WIDTH), min(pair, uint(WIDTH / 2 - 1))));
-      squares += pair < uint(LATENT / 2) ? values[p].x * values[p].x + values[p].y * values[p].y : 0.0f;
+      squares += holds<LATENT>(p, pair) ? values[p].x * values[p].x + values[p].y * values[p].y : 0.0f;
     }
     const float inverse = rsqrt(simd_sum(squares) / float(LATENT) + EPS);
     const bool stores = first_head == 0 && query == uint(QUERIES - 1) && row >= begin && row < end;
 #pragma unroll
     for (int p = 0; p < PAIRS; ++p) {
       const uint pair = uint(p) * 32 + lane;
-      if (pair < uint(LATENT / 2)) {
+      if (holds<LATENT>(p, pair)) {
         values[p].x *= inverse * norm_weight[pair * 2];
         values[p].y *= inverse * norm_weight[pair * 2 + 1];
-      } else if (pair < uint(WIDTH / 2)) {
+      } else if (holds<WIDTH>(p, pair)) {
         values[p] = rotate(values[p], float(row), wavelengths[pair - uint(LATENT / 2)]);
       }
-      if (pair < uint(WIDTH / 2)) {
+      if (holds<WIDTH>(p, pair)) {
         made[r * uint(WIDTH / 2) + pair] = as_pair(values[p], T(0.0f));
         if (stores) {
           store_pair(rows, size_t(row) * size_t(WIDTH / 2) + pair, as_pair(values[p], T(0.0f)));
@@ -73,9 +73,9 @@ for (int h = 0; h < HEADS_AT_ONCE; ++h) {
   for (int p = 0; p < PAIRS; ++p) {
     const uint pair = uint(p) * 32 + lane;
     float2 value = float2(0.0f, 0.0f);
-    if (pair < uint(LATENT / 2)) {
+    if (holds<LATENT>(p, pair)) {
       value = as_float<T>(load_pair(q_latent + at * uint(LATENT), pair));
-    } else if (pair < uint(WIDTH / 2)) {
+    } else if (holds<WIDTH>(p, pair)) {
       const uint turn = pair - uint(LATENT / 2);
       const auto heads = q + (query * uint(HEADS) + min(first_head + uint(h), uint(HEADS - 1))) * uint(NOPE + ROPE);
       value = rotate(as_float<T>(load_pair(heads + NOPE, turn)), float(cached + query), wavelengths[turn]);
@@ -182,7 +182,7 @@ for (int count = SIMDGROUPS; count > 1; count = (count + 1) / 2) {
 #pragma unroll
       for (int p = 0; p < VALUES; ++p) {
         const uint dimension = (uint(p) * 32 + lane) * 2;
-        if (LATENT % 64 == 0 || dimension < uint(LATENT)) {
+        if (holds<LATENT>(p, dimension / 2)) {
           shared_sums[(at + uint(h)) * uint(LATENT) + dimension] = sums[h][p].x;
           shared_sums[(at + uint(h)) * uint(LATENT) + dimension + 1] = sums[h][p].y;
         }
@@ -210,7 +210,7 @@ for (int count = SIMDGROUPS; count > 1; count = (count + 1) / 2) {
 #pragma unroll
       for (int p = 0; p < VALUES; ++p) {
         const uint dimension = (uint(p) * 32 + lane) * 2;
-        if (LATENT % 64 == 0 || dimension < uint(LATENT)) {
+        if (holds<LATENT>(p, dimension / 2)) {
           const uint from = (at + uint(h)) * uint(LATENT) + dimension;
           sums[h][p].x = sums[h][p].x * my_factor + shared_sums[from] * other_factor;
           sums[h][p].y = sums[h][p].y * my_factor + shared_sums[from + 1] * other_factor;
@@ -227,15 +227,13 @@ if (simdgroup == 0) {
       const uint at = ((first_head + uint(h)) * uint(QUERIES) + query) * splits + split;
 #pragma unroll
       for (int p = 0; p < VALUES; ++p) {
-        const uint dimension = (uint(p) * 32 + lane) * 2;
-        if (LATENT % 64 == 0 || dimension < uint(LATENT)) {
-          partial[at * uint(LATENT) + dimension] = sums[h][p].x;
-          partial[at * uint(LATENT) + dimension + 1] = sums[h][p].y;
+        const uint pair = uint(p) * 32 + lane;
+        if (holds<LATENT>(p, pair)) {
+          ((device float2*)partial)[at * uint(LATENT / 2 + 1) + pair] = sums[h][p];
         }
       }
       if (lane == uint(h * SHARE)) {
-        state[at * 2] = largest;
-        state[at * 2 + 1] = total;
+        ((device float2*)partial)[at * uint(LATENT / 2 + 1) + uint(LATENT / 2)] = float2(largest, total);
       }
     }
   }

@@ -178,8 +178,8 @@ def mla_decode(
         scale,
         launcher.kind(v_b),
     )
-    partial, state = attend(q_latent, q, kv_a, norm.weight, wavelengths, cache, position)
-    return merge(partial, state, *launcher.planes(v_b))[0], cache
+    (partial,) = attend(q_latent, q, kv_a, norm.weight, wavelengths, cache, position)
+    return merge(partial, *launcher.planes(v_b))[0], cache
 
 
 def _fits(q_latent: mx.array, cache: mx.array) -> bool:
@@ -238,10 +238,8 @@ def _launches(
         inputs=["q_latent", "q", "kv_a", "norm_weight", "wavelengths", "cache", "position"],
         writes=["cache"],
         weights={},
-        outputs={
-            "partial": ((heads, length, splits, latent_dim), mx.float32),
-            "state": ((heads, length, splits, 2), mx.float32),
-        },
+        # Of each split its sums, its largest score, and its sum of exponentials.
+        outputs={"partial": ((heads, length, splits, latent_dim + 2), mx.float32)},
         template={
             "T": dtype,
             "HEADS": heads,
@@ -263,7 +261,7 @@ def _launches(
     merge = launcher.prepare(
         back_end,
         "mla_merge",
-        inputs=["partial", "state"],
+        inputs=["partial"],
         weights={"V_B": v_b},
         outputs={"y": ((1, length, heads * values), dtype)},
         template={
