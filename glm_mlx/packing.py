@@ -72,7 +72,9 @@ def _pack_planes(
         for view, part in zip(views, split(blocks[start : start + step]), strict=True):
             view[start : start + step] = part
         on_bytes(start * blocks.shape[1])
-    return QuantizedTensor(quant_type, shape, **arrays)
+    return QuantizedTensor(
+        quant_type, shape, arrays["quants"], arrays["scales"], arrays.get("mins"), arrays.get("sub_scales")
+    )
 
 
 def _copy(raw: Bytes, dtype: mx.Dtype, shape: tuple[int, ...]) -> mx.array:

@@ -71,8 +71,8 @@ def experts_down(
         arrays.append(residual)
     kinds = tuple(launcher.kind(w) for w in matrices)
     shapes = tuple(None if a is None else tuple(a.shape) for a in (hidden, shared_hidden, weights, residual))
-    launch = _launch(back_end, tuple(experts.shape), hidden.dtype, kinds, shapes)
-    return launch(*arrays, *(plane for w in matrices for plane in launcher.planes(w)))[0]
+    launch = _launch(back_end, tuple(experts.shape), hidden.dtype, kinds, launcher.layout(*matrices), shapes)
+    return launch(*arrays, *launcher.arrays(*matrices))[0]
 
 
 @cache
@@ -81,6 +81,7 @@ def _launch(
     experts_shape: tuple[int, ...],
     dtype: mx.Dtype,
     kinds: tuple[launcher.Kind, ...],
+    layout: launcher.Layout | None,
     shapes: tuple[tuple[int, ...] | None, ...],
 ) -> launcher.Launch:
     num_experts, rows, width = kinds[0][1]
@@ -111,6 +112,7 @@ def _launch(
         "experts_down",
         inputs=["hidden", "experts", "weights"] + ["shared_hidden"] * (len(kinds) > 1) + ["residual"] * with_residual,
         weights=dict(zip(("DOWN", "SHARED_DOWN"), kinds, strict=False)),
+        layout=layout,
         outputs={"y": ((*lead, rows), dtype)},
         template={
             "T": dtype,

@@ -85,9 +85,9 @@ def experts_gate_up(
         router.scale,
         x.dtype,
         tuple(launcher.kind(w) for w in matrices),
+        launcher.layout(*matrices),
     )
-    planes = (plane for w in matrices for plane in launcher.planes(w))
-    hidden, experts, weights, *shared = launch(x, router_logits, *bias, *planes)
+    hidden, experts, weights, *shared = launch(x, router_logits, *bias, *launcher.arrays(*matrices))
     return hidden, shared[0] if shared else None, experts, weights
 
 
@@ -103,6 +103,7 @@ def _launch(
     scale: float,
     dtype: mx.Dtype,
     kinds: tuple[launcher.Kind, ...],
+    layout: launcher.Layout | None,
 ) -> launcher.Launch:
     num_experts, width, cols = kinds[0][1]
     lead = logits_shape[:-1]
@@ -152,6 +153,7 @@ def _launch(
         "experts_gate_up",
         inputs=["x", "router_logits", *["bias"] * with_bias],
         weights=dict(zip(("GATE", "UP", "SHARED_GATE", "SHARED_UP"), kinds, strict=False)),
+        layout=layout,
         outputs=outputs,
         template=template,
         defines={"SCALE": f"{scale!r}f"} | ({"BIAS": ""} if with_bias else {}),

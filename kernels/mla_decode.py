@@ -177,9 +177,10 @@ def mla_decode(
         norm.eps,
         scale,
         launcher.kind(v_b),
+        launcher.layout(v_b),
     )
     (partial,) = attend(q_latent, q, kv_a, norm.weight, wavelengths, cache, position)
-    return merge(partial, *launcher.planes(v_b))[0], cache
+    return merge(partial, *launcher.arrays(v_b))[0], cache
 
 
 def _fits(q_latent: mx.array, cache: mx.array) -> bool:
@@ -201,6 +202,7 @@ def _launches(
     eps: float,
     scale: float,
     v_b: launcher.Kind,
+    layout: launcher.Layout | None,
 ) -> tuple[launcher.Launch, launcher.Launch]:
     """`room`: rows of the cache, to a power of 2."""
     smaller = 2 if room < SHORT else 1
@@ -263,6 +265,7 @@ def _launches(
         "mla_merge",
         inputs=["partial"],
         weights={"V_B": v_b},
+        layout=layout,
         outputs={"y": ((1, length, heads * values), dtype)},
         template={
             "T": dtype,

@@ -107,6 +107,7 @@ def _qmv(
         x.dtype,
         dtype,
         kinds,
+        launcher.layout(*weights),
         None if norm is None else norm.eps,
         normed_too,
         None if residual is None else residual.size,
@@ -114,8 +115,7 @@ def _qmv(
     extra = [] if norm is None else [norm.weight]
     if residual is not None:
         extra.append(residual)
-    planes = [plane for w in weights for plane in launcher.planes(w)]
-    return launch(x, *extra, *planes)
+    return launch(x, *extra, *launcher.arrays(*weights))
 
 
 def absorb(q: mx.array, k_b: Weight) -> mx.array:
@@ -157,8 +157,9 @@ def _heads(
     back_end: launcher.BackEnd, x: mx.array, w: Weight, lead: tuple[int, ...], strides: tuple[int, int, int, int]
 ) -> mx.array:
     kind, (heads, rows, cols) = launcher.kind(w)
-    launch = _launch(back_end, heads, strides, lead, x.dtype, x.dtype, ((kind, (rows, cols)),), None, False, None)
-    return launch(x, *launcher.planes(w))[0]
+    kinds, layout = ((kind, (rows, cols)),), launcher.layout(w)
+    launch = _launch(back_end, heads, strides, lead, x.dtype, x.dtype, kinds, layout, None, False, None)
+    return launch(x, *launcher.arrays(w))[0]
 
 
 def _lanes(kind: str, cols: int) -> int:
@@ -177,6 +178,7 @@ def _launch(
     dtype: mx.Dtype,
     out_dtype: mx.Dtype,
     kinds: tuple[launcher.Kind, ...],
+    layout: launcher.Layout | None,
     eps: float | None,
     normed_too: bool,
     residual_size: int | None,
@@ -220,6 +222,7 @@ def _launch(
         "qmv",
         inputs=["x", *["norm_weight"] * (eps is not None), *["residual"] * with_residual],
         weights={f"W{i}": kind for i, kind in enumerate(kinds)},
+        layout=layout,
         outputs=outputs,
         template={
             "T": dtype,
