@@ -90,83 +90,97 @@ for (int h = 0; h < HEADS_AT_ONCE; ++h) {
 float largest = -INFINITY;
 float total = 0.0f;
 
-for (uint first = begin + simdgroup * uint(ROWS_AT_ONCE); first < end;
-     first += uint(SIMDGROUPS * ROWS_AT_ONCE)) {
-  decltype(load_pair(cache, 0)) raw[ROWS_AT_ONCE][PAIRS];
+// A turn asks for rows and works on those of the turn before, so that it need not wait for them.
+decltype(load_pair(cache, 0)) raw[ROWS_AT_ONCE][PAIRS];
+decltype(load_pair(cache, 0)) ahead[ROWS_AT_ONCE][PAIRS];
+const uint start = begin + simdgroup * uint(ROWS_AT_ONCE);
+for (uint next = start; next == start || next - uint(SIMDGROUPS * ROWS_AT_ONCE) < end;
+     next += uint(SIMDGROUPS * ROWS_AT_ONCE)) {
+  if (next < end) {
 #pragma unroll
-  for (int r = 0; r < ROWS_AT_ONCE; ++r) {
-    const uint row = min(first + uint(r), end - 1);
+    for (int r = 0; r < ROWS_AT_ONCE; ++r) {
+      const uint row = min(next + uint(r), end - 1);
 #pragma unroll
-    for (int p = 0; p < PAIRS; ++p) {
-      // Lanes past the last dimension read it again: their part of the query is 0, and their sums are not written.
-      const uint pair = WIDTH % 64 == 0 ? uint(p) * 32 + lane : min(uint(p) * 32 + lane, uint(WIDTH / 2 - 1));
-      if (row < cached) {
-        raw[r][p] = load_pair(cache + size_t(row) * size_t(WIDTH), pair);
-      } else {
-        raw[r][p] = made[(row - cached) * uint(WIDTH / 2) + pair];
+      for (int p = 0; p < PAIRS; ++p) {
+        // Lanes past the last dimension read it again: their part of the query is 0, and their sums are not written.
+        const uint pair = WIDTH % 64 == 0 ? uint(p) * 32 + lane : min(uint(p) * 32 + lane, uint(WIDTH / 2 - 1));
+        if (row < cached) {
+          ahead[r][p] = load_pair(cache + size_t(row) * size_t(WIDTH), pair);
+        } else {
+          ahead[r][p] = made[(row - cached) * uint(WIDTH / 2) + pair];
+        }
       }
     }
   }
   LOADS_END
-  float scores[SCORES];
+  if (next != start) {
+    float scores[SCORES];
 #pragma unroll
-  for (int r = 0; r < ROWS_AT_ONCE; ++r) {
-#pragma unroll
-    for (int h = 0; h < HEADS_AT_ONCE; ++h) {
-      scores[h * ROWS_AT_ONCE + r] = 0.0f;
-    }
-#pragma unroll
-    for (int p = 0; p < PAIRS; ++p) {
-      const float2 x = as_float<T>(raw[r][p]);
+    for (int r = 0; r < ROWS_AT_ONCE; ++r) {
 #pragma unroll
       for (int h = 0; h < HEADS_AT_ONCE; ++h) {
-        const float score = fma(queries[h][p].x, x.x, scores[h * ROWS_AT_ONCE + r]);
-        scores[h * ROWS_AT_ONCE + r] = fma(queries[h][p].y, x.y, score);
+        scores[h * ROWS_AT_ONCE + r] = 0.0f;
+      }
+#pragma unroll
+      for (int p = 0; p < PAIRS; ++p) {
+        const float2 x = as_float<T>(raw[r][p]);
+#pragma unroll
+        for (int h = 0; h < HEADS_AT_ONCE; ++h) {
+          const float score = fma(queries[h][p].x, x.x, scores[h * ROWS_AT_ONCE + r]);
+          scores[h * ROWS_AT_ONCE + r] = fma(queries[h][p].y, x.y, score);
+        }
       }
     }
-  }
-  const float sum = sums_by_lane<SCORES>(scores, lane);
-  const uint row = first + lane / uint(SCORE_SHARE) % uint(ROWS_AT_ONCE);
-  const float score = row < end ? sum : -INFINITY;
-  float larger = max(largest, score);
+    const float sum = sums_by_lane<SCORES>(scores, lane);
+    const uint row = next - uint(SIMDGROUPS * ROWS_AT_ONCE) + lane / uint(SCORE_SHARE) % uint(ROWS_AT_ONCE);
+    const float score = row < end ? sum : -INFINITY;
+    float larger = max(largest, score);
 #pragma unroll
-  for (int step = SCORE_SHARE; step < SHARE; step *= 2) {
-    larger = max(larger, simd_shuffle_xor(larger, ushort(step)));
-  }
-  const float weight = exp2(score - larger);
-  float weights = weight;
+    for (int step = SCORE_SHARE; step < SHARE; step *= 2) {
+      larger = max(larger, simd_shuffle_xor(larger, ushort(step)));
+    }
+    const float weight = exp2(score - larger);
+    float weights = weight;
 #pragma unroll
-  for (int step = SCORE_SHARE; step < SHARE; step *= 2) {
-    weights += simd_shuffle_xor(weights, ushort(step));
-  }
-  const float shrink = exp2(largest - larger);
-  if (simd_any(larger > largest)) {
+    for (int step = SCORE_SHARE; step < SHARE; step *= 2) {
+      weights += simd_shuffle_xor(weights, ushort(step));
+    }
+    const float shrink = exp2(largest - larger);
+    if (simd_any(larger > largest)) {
 #pragma unroll
-    for (int h = 0; h < HEADS_AT_ONCE; ++h) {
-      const float factor = simd_shuffle(shrink, ushort(h * SHARE));
+      for (int h = 0; h < HEADS_AT_ONCE; ++h) {
+        const float factor = simd_shuffle(shrink, ushort(h * SHARE));
+#pragma unroll
+        for (int p = 0; p < VALUES; ++p) {
+          sums[h][p] = sums[h][p] * factor;
+        }
+      }
+    }
+    total = fma(total, shrink, weights);
+    largest = larger;
+#pragma unroll
+    for (int r = 0; r < ROWS_AT_ONCE; ++r) {
+      float2 x[VALUES];
 #pragma unroll
       for (int p = 0; p < VALUES; ++p) {
-        sums[h][p] = sums[h][p] * factor;
+        x[p] = as_float<T>(raw[r][p]);
+      }
+#pragma unroll
+      for (int h = 0; h < HEADS_AT_ONCE; ++h) {
+        const float share = simd_shuffle(weight, ushort((h * ROWS_AT_ONCE + r) * SCORE_SHARE));
+#pragma unroll
+        for (int p = 0; p < VALUES; ++p) {
+          sums[h][p].x = fma(share, x[p].x, sums[h][p].x);
+          sums[h][p].y = fma(share, x[p].y, sums[h][p].y);
+        }
       }
     }
   }
-  total = fma(total, shrink, weights);
-  largest = larger;
 #pragma unroll
   for (int r = 0; r < ROWS_AT_ONCE; ++r) {
-    float2 x[VALUES];
 #pragma unroll
-    for (int p = 0; p < VALUES; ++p) {
-      x[p] = as_float<T>(raw[r][p]);
-    }
-#pragma unroll
-    for (int h = 0; h < HEADS_AT_ONCE; ++h) {
-      const float share = simd_shuffle(weight, ushort((h * ROWS_AT_ONCE + r) * SCORE_SHARE));
-#pragma unroll
-      for (int p = 0; p < VALUES; ++p) {
-        sums[h][p].x = fma(share, x[p].x, sums[h][p].x);
-        sums[h][p].y = fma(share, x[p].y, sums[h][p].y);
-      }
+    for (int p = 0; p < PAIRS; ++p) {
+      raw[r][p] = ahead[r][p];
     }
   }
 }

@@ -40,8 +40,8 @@ from kernels.shapes import launch_shape
 
 HEADS_AT_ONCE, SIMDGROUPS = 4, 4  # heads of a threadgroup, simdgroups of a threadgroup
 ROWS_AT_ONCE = 4  # rows that a lane loads in one go
-ROWS_OF_SPLIT, MAX_SPLITS = 32, 64  # rows that are worth a threadgroup of their own; splits that are worth combining
-SHORT = 2048  # with fewer rows in the cache, more and smaller threadgroups are faster than reading a row less often
+# Rows that are worth a threadgroup of their own, and splits: with 20 heads 260 threadgroups, which an H200 runs at once.
+ROWS_OF_SPLIT, MAX_SPLITS = 32, 52
 MERGE_ROWS, MERGE_SIMDGROUPS = 4, 8  # rows of v_b of a simdgroup, simdgroups of a threadgroup
 MAX_LATENT = 2048  # a lane holds whole rows of v_b
 
@@ -205,15 +205,14 @@ def _launches(
     layout: launcher.Layout | None,
 ) -> tuple[launcher.Launch, launcher.Launch]:
     """`room`: rows of the cache, to a power of 2."""
-    smaller = 2 if room < SHORT else 1
     heads_at_once, simdgroups, rows_at_once, rows_of_split, most, merge_rows, merge_simdgroups = launch_shape(
         "mla_decode",
         f"{heads} heads, {latent_dim} + {rope_dim}, {room} rows",
         length,
-        HEADS_AT_ONCE=max(1, HEADS_AT_ONCE // smaller),
+        HEADS_AT_ONCE=HEADS_AT_ONCE,
         SIMDGROUPS=SIMDGROUPS,
         ROWS_AT_ONCE=ROWS_AT_ONCE,
-        ROWS_OF_SPLIT=max(1, ROWS_OF_SPLIT // smaller),
+        ROWS_OF_SPLIT=ROWS_OF_SPLIT,
         MAX_SPLITS=MAX_SPLITS,
         MERGE_ROWS=MERGE_ROWS,
         MERGE_SIMDGROUPS=MERGE_SIMDGROUPS,

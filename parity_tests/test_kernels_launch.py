@@ -106,7 +106,7 @@ SHAPES: list[tuple[Case, dict[str, int]]] = [
     ),
     (
         Mla(9, 200),
-        {"SHORT": 0, "HEADS_AT_ONCE": 8, "SIMDGROUPS": 5, "ROWS_AT_ONCE": 1, "MERGE_SIMDGROUPS": 2},
+        {"HEADS_AT_ONCE": 8, "SIMDGROUPS": 5, "ROWS_AT_ONCE": 1, "MERGE_SIMDGROUPS": 2},
     ),
 ]
 
