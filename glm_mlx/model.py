@@ -27,7 +27,7 @@ from kernels.mla_decode import attend_ops, latent_rows_ops, mla_decode, rope_ops
 from kernels.planes import Weight, bundled
 from kernels.prefill import moe_prefill, takes
 from kernels.qmv import Norm, absorb, merge_heads, norm_qmv, qmv, qmv_all
-from kernels.route import Router
+from kernels.route import Router, experts_of, weights_of
 
 Cache: TypeAlias = LatentCache | TracedCache
 Tap = Callable[[str, mx.array], None]  # sees named intermediate values; the parity tests' way in
@@ -191,18 +191,16 @@ class MoE:
         gate, up, down = self.gate_proj, self.up_proj, self.down_proj
         shared_gate, shared_up, shared_down = self.shared_gate, self.shared_up, self.shared_down
         if takes(x.size // x.shape[-1], self.router, gate.shape[0]):
-            out, experts, weights = moe_prefill(
+            out, choice = moe_prefill(
                 normed, router_logits, self.router, gate, up, down, shared_gate, shared_up, shared_down, x
             )
         else:
-            hidden, shared_hidden, experts, weights = experts_gate_up(
-                normed, router_logits, self.router, gate, up, shared_gate, shared_up
-            )
-            out = experts_down(hidden, shared_hidden, down, shared_down, experts, weights, x)
+            hidden, choice = experts_gate_up(normed, router_logits, self.router, gate, up, shared_gate, shared_up)
+            out = experts_down(hidden, choice, down, shared_down, x)
         tap("ffn_norm", normed)
         tap("router_logits", router_logits)
-        tap("experts", experts)
-        tap("expert_weights", weights)
+        tap("experts", experts_of(choice))
+        tap("expert_weights", weights_of(choice))
         return out
 
 

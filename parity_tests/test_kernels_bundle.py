@@ -24,14 +24,13 @@ def vectors(*shape: int, seed: int = 0) -> mx.array:
 
 def gate_up(weights: Sequence[Weight]) -> list[mx.array]:
     router = Router(vectors(8), 2, "sigmoid", True, 1.5)
-    results = experts_gate_up(vectors(1, 2, 64), vectors(1, 2, 8, seed=1), router, *weights)
-    return [y for y in results if y is not None]
+    return [*experts_gate_up(vectors(1, 2, 64), vectors(1, 2, 8, seed=1), router, *weights)]
 
 
 def down(weights: Sequence[Weight]) -> list[mx.array]:
-    experts = mx.array([[[3, 1], [0, 7]]], mx.uint32)
-    hidden, shared = vectors(1, 2, 2, 64), vectors(1, 2, 64, seed=1)
-    return [experts_down(hidden, shared, *weights, experts, vectors(1, 2, 2, seed=2), None)]
+    experts, shares = mx.array([[[3, 1], [0, 7]]], mx.uint32), mx.array([[[0.5, 0.25], [1.0, 0.5]]])
+    choice = mx.stack([experts, shares.view(mx.uint32)], axis=-2)
+    return [experts_down(vectors(1, 2, 3 * 64), choice, weights[0], weights[1], None)]
 
 
 def attention(weights: Sequence[Weight]) -> list[mx.array]:
