@@ -26,7 +26,7 @@ from kernels.experts_gate_up import experts_gate_up, swiglu_ops
 from kernels.mla_decode import attend_ops, latent_rows_ops, mla_decode, rope_ops
 from kernels.planes import Weight, bundled
 from kernels.prefill import moe_prefill, takes
-from kernels.qmv import Norm, absorb, merge_heads, norm_qmv, qmv, qmv_all
+from kernels.qmv import Norm, absorb, merge_heads, norm_qmv, qmv, qmv_all, qmv_beside
 from kernels.route import Router, experts_of, weights_of
 
 Cache: TypeAlias = LatentCache | TracedCache
@@ -122,6 +122,9 @@ class Attention:
 
         if self.q_proj is not None:
             q, kv_a = qmv_all(x, (self.q_proj, self.kv_a_proj), self.norm)
+        elif isinstance(cache, TracedCache):
+            kv_a = qmv_beside(x, (self.q_a_proj, self.kv_a_proj), self.norm)  # one array of q_a, then kv_a
+            q = qmv(kv_a, self.q_b_proj, self.q_a_layernorm)
         else:
             q_a, kv_a = qmv_all(x, (self.q_a_proj, self.kv_a_proj), self.norm)
             q = qmv(q_a, self.q_b_proj, self.q_a_layernorm)

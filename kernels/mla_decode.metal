@@ -39,7 +39,7 @@ if (end > cached) {
 #pragma unroll
     for (int p = 0; p < PAIRS; ++p) {
       const uint pair = uint(p) * 32 + lane;
-      values[p] = as_float<T>(load_pair(kv_a + r * uint(WIDTH), min(pair, uint(WIDTH / 2 - 1))));
+      values[p] = as_float<T>(load_pair(kv_a + r * uint(KV_A) + uint(KV_A - WIDTH), min(pair, uint(WIDTH / 2 - 1))));
       squares += holds<LATENT>(p, pair) ? values[p].x * values[p].x + values[p].y * values[p].y : 0.0f;
     }
     const float inverse = rsqrt(simd_sum(squares) / float(LATENT) + EPS);

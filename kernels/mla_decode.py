@@ -3,7 +3,8 @@
 mla_decode(q_latent, q, kv_a, norm, wavelengths, cache, position, scale, v_b) -> (y, cache), and the same with `_ops`
     q_latent     (1, H, L, R)         q_nope absorbed through k_b
     q            (1, L, H * (N + P))  of each head the last P columns are rotated and used
-    kv_a         (1, L, R + P)        [latent | k_pe] of the new tokens: the latent is normed, k_pe rotated, then cached
+    kv_a         (1, L, R + P)        [latent | k_pe] of the new tokens, to be normed and rotated, then cached; of more
+                                      columns the last are used
     norm         `Norm` of the latent
     wavelengths  (P / 2,) float32     RoPE's angles are positions over these
     cache        (1, S, R + P)        rows [latent | k_pe], of which `position` are valid, with room for L more
@@ -143,6 +144,7 @@ def mla_decode_ops(
 ) -> tuple[mx.array, mx.array]:
     _, heads, length, _ = q_latent.shape
     q_pe = q.reshape(1, length, heads, -1)[..., -2 * wavelengths.size :].swapaxes(1, 2)
+    kv_a = kv_a[..., -cache.shape[-1] :]
     new = mx.concatenate([*latent_rows_ops(kv_a, norm, wavelengths, position)], axis=-1)
     cache = mx.slice_update(cache, new.astype(cache.dtype), position, axes=(1,))
     out = attend_ops(q_latent, rope_ops(q_pe, wavelengths, position), cache, scale, position + length)
@@ -162,7 +164,7 @@ def mla_decode(
 ) -> tuple[mx.array, mx.array]:
     back_end = launcher.back_end("mla_decode")
     _, heads, length, latent_dim = q_latent.shape
-    if back_end is None or not _fits(q_latent, cache) or not launcher.fits(v_b):
+    if back_end is None or not _fits(q_latent, kv_a, cache) or not launcher.fits(v_b):
         return mla_decode_ops(q_latent, q, kv_a, norm, wavelengths, cache, position, scale, v_b)
     rows = cache.shape[1]
     attend, merge = _launches(
@@ -172,6 +174,7 @@ def mla_decode(
         latent_dim,
         2 * wavelengths.size,
         q.shape[-1] // heads,
+        kv_a.shape[-1],
         1 << rows.bit_length() - 1,
         q_latent.dtype,
         norm.eps,
@@ -183,10 +186,10 @@ def mla_decode(
     return merge(partial, *launcher.arrays(v_b))[0], cache
 
 
-def _fits(q_latent: mx.array, cache: mx.array) -> bool:
+def _fits(q_latent: mx.array, kv_a: mx.array, cache: mx.array) -> bool:
     batch, _, length, latent_dim = q_latent.shape
     few = batch == 1 and length <= launcher.MAX_TOKENS and latent_dim <= MAX_LATENT
-    return few and cache.dtype == q_latent.dtype
+    return few and kv_a.shape[-1] % 2 == 0 and cache.dtype == q_latent.dtype
 
 
 @memoised
@@ -197,6 +200,7 @@ def _launches(
     latent_dim: int,
     rope_dim: int,
     qk_head_dim: int,
+    kv_a_dim: int,
     room: int,
     dtype: mx.Dtype,
     eps: float,
@@ -248,6 +252,7 @@ def _launches(
             "LATENT": latent_dim,
             "ROPE": rope_dim,
             "NOPE": qk_head_dim - rope_dim,
+            "KV_A": kv_a_dim,
             "HEADS_AT_ONCE": heads_at_once,
             "ROWS_AT_ONCE": rows_at_once,
             "SIMDGROUPS": simdgroups,

@@ -568,7 +568,7 @@ class Route(Case):
 @dataclass(frozen=True)
 class Mla(Case):
     """context: rows of the cache with those of the `tokens` new ones; `room` rows of NaN stand behind them. kind: of
-    v_b, which gives `values` of each head."""
+    v_b, which gives `values` of each head. before: columns of kv_a that are not its own."""
 
     heads: int
     context: int
@@ -580,6 +580,7 @@ class Mla(Case):
     room: int = 3
     kind: str = "F16"
     values: int = 20
+    before: int = 0
     op: ClassVar[str] = "mla_decode"
     launches: ClassVar[int] = 2
 
@@ -590,7 +591,8 @@ class Mla(Case):
         q_latent = 3 * random_array((self.heads, self.tokens, self.latent), self.dtype, 0)
         q = random_array((self.tokens, self.heads, self.nope + self.rope), self.dtype, 1)
         q[..., : self.nope] = float("nan")
-        kv_a = random_array((self.tokens, width), self.dtype, 2)
+        kv_a = random_array((self.tokens, self.before + width), self.dtype, 2)
+        kv_a[..., : self.before] = float("nan")
         gains = 1 + 0.3 * random_array((self.latent,), mx.float32, 3)
         wavelengths = 100.0 ** (mx.arange(self.rope // 2) / (self.rope // 2))
         cache = random_array((1, self.context + self.room, width), self.dtype, 4)
@@ -622,7 +624,7 @@ class Mla(Case):
     @cached_property
     def exact(self) -> list[Exact]:
         q_latent, q, kv_a, norm, wavelengths, cache, _ = self.inputs
-        rows, new = float64(cache)[:, : self.context], float64(kv_a)[0]
+        rows, new = float64(cache)[:, : self.context], float64(kv_a)[0, :, self.before :]
         at = self.context - self.tokens + np.arange(self.tokens)
         angles = (at[:, None].astype(np.float32) * (1 / np.array(wavelengths))).astype(np.float64)  # RoPE's float32
         latent = new[:, : self.latent]

@@ -37,6 +37,8 @@ MOSTLY_EMPTY = [
     Mla(5, 2, room=MAX_SPLITS * ROWS_OF_SPLIT),
     Mla(3, 70, 96, 32, tokens=3, room=1000, dtype=mx.bfloat16),
     Mla(4, MAX_SPLITS + 1, room=MAX_SPLITS * ROWS_OF_SPLIT, tokens=2),
+    Mla(4, 40, before=24, tokens=2),
+    Mla(20, 70, 512, 64, before=768, dtype=mx.bfloat16),
     Mla(4, 5, MAX_LATENT, room=2048),  # fewer heads at a time, for the sake of threadgroup memory
 ]
 # v_b of every type, with rows on both sides of a threadgroup's, and in latents that leave lanes without work.
