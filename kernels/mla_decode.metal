@@ -96,13 +96,23 @@ decltype(load_pair(cache, 0)) ahead[ROWS_AT_ONCE][PAIRS];
 const uint start = begin + simdgroup * uint(ROWS_AT_ONCE);
 for (uint next = start; next == start || next - uint(SIMDGROUPS * ROWS_AT_ONCE) < end;
      next += uint(SIMDGROUPS * ROWS_AT_ONCE)) {
-  if (next < end) {
+  // Lanes past the last dimension read it again: their part of the query is 0, and their sums are not written.
+  if (next + uint(ROWS_AT_ONCE) <= min(end, cached)) {
+    const auto from = cache + size_t(next) * size_t(WIDTH);
+#pragma unroll
+    for (int r = 0; r < ROWS_AT_ONCE; ++r) {
+#pragma unroll
+      for (int p = 0; p < PAIRS; ++p) {
+        const uint pair = WIDTH % 64 == 0 ? uint(p) * 32 + lane : min(uint(p) * 32 + lane, uint(WIDTH / 2 - 1));
+        ahead[r][p] = load_pair(from, uint(r * WIDTH / 2) + pair);
+      }
+    }
+  } else if (next < end) {  // the last of the split; some may be new
 #pragma unroll
     for (int r = 0; r < ROWS_AT_ONCE; ++r) {
       const uint row = min(next + uint(r), end - 1);
 #pragma unroll
       for (int p = 0; p < PAIRS; ++p) {
-        // Lanes past the last dimension read it again: their part of the query is 0, and their sums are not written.
         const uint pair = WIDTH % 64 == 0 ? uint(p) * 32 + lane : min(uint(p) * 32 + lane, uint(WIDTH / 2 - 1));
         if (row < cached) {
           ahead[r][p] = load_pair(cache + size_t(row) * size_t(WIDTH), pair);
