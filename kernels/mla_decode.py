@@ -40,7 +40,7 @@ from kernels.qmv import Norm, merge_heads_ops
 from kernels.shapes import launch_shape
 
 HEADS_AT_ONCE, SIMDGROUPS = 4, 4  # heads of a threadgroup, simdgroups of a threadgroup
-ROWS_AT_ONCE = 4  # rows that a lane loads in one go
+ROWS_AT_ONCE = 2  # rows that a lane loads in one go
 # Rows that are worth a threadgroup of their own, and splits: for 20 heads 260 threadgroups, which an H200 has room for.
 ROWS_OF_SPLIT, MAX_SPLITS = 32, 52
 MERGE_ROWS, MERGE_SIMDGROUPS = 4, 8  # rows of v_b of a simdgroup, simdgroups of a threadgroup
