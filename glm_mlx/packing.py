@@ -5,7 +5,7 @@ Block layouts: llama.cpp `ggml-common.h`; the same in Python in `gguf.quants`.
 
 import math
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import gguf
 import mlx.core as mx
@@ -62,7 +62,8 @@ def _pack_planes(
         "mins": mx.float16,
         "sub_scales": mx.uint8 if quant_type.has_mins else mx.int8,
     }
-    arrays, views = {}, []
+    arrays: dict[str, Any] = {}
+    views = []
     for name, part in zip(names, split(blocks[:1]), strict=True):
         row_bytes = len(blocks) * part.shape[1] // math.prod(shape[:-1])
         arrays[name], view = _allocate((*shape[:-1], row_bytes // dtypes[name].size), dtypes[name])
