@@ -186,12 +186,13 @@ def load(
         return weight
 
     weights: dict[str, Weight] = {}
+    on_cpu = mx.default_device() == mx.Device(mx.cpu)
     pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="load")
     try:
         for (expected, _), weight in zip(pairs, pool.map(read, pairs), strict=True):
             for name, part in _split(expected.name, weight, cfg):
                 _evaluate(part)  # a lazy part would keep the whole alive
-                weights[name] = with_affine(part)
+                weights[name] = with_affine(part) if on_cpu else part  # kernels read planes
     finally:
         pool.shutdown(cancel_futures=True)  # at Ctrl-C: only the tensors in hand are finished
     return weights

@@ -316,8 +316,8 @@ def _affine(w: QuantizedTensor) -> tuple[Affine, ...]:
 def with_affine(w: Weight) -> Weight:
     """The same weight with scales and biases for MLX's matmuls kept beside it, if it is small and has them.
 
-    A quarter of a byte a value, for Q6_K half of one. To derive them takes operations at every use: more time than the
-    matmul itself where that is small, hardly any where it is not.
+    A quarter of a byte a value, for Q6_K half of one, which the memory plan leaves out. To derive them takes operations
+    at every use: more time than the matmul itself where that is small, hardly any where it is not.
     """
     if isinstance(w, mx.array) or w.type.name == "IQ4_NL" or math.prod(w.shape) > SMALL:
         return w
