@@ -341,14 +341,14 @@ def gate_up_cases(quant: str, dtype: mx.Dtype, sizes: Sizes) -> Iterator[Case]:
 
     def call(x: mx.array, i: int) -> list[mx.array]:
         (gate, up), shared, _ = experts.of(i)
-        hidden, shared_hidden, *_ = experts_gate_up(x, experts.logits[i], router, gate, up, *shared)
-        return [y for y in (hidden, shared_hidden) if y is not None]
+        hidden, _ = experts_gate_up(x, experts.logits[i], router, gate, up, *shared)
+        return [hidden]
 
     def by_mlx(x: mx.array, i: int) -> list[mx.array]:
         assert own is not None
         (gate, up), (shared_gate, shared_up), chosen = own.of(i)
         routed = swiglu_ops(gate.gather(x[:, None], chosen), up.gather(x[:, None], chosen))
-        return [routed, swiglu_ops(shared_gate.matmul(x), shared_up.matmul(x))]
+        return [mx.concatenate([mx.flatten(routed, 1), swiglu_ops(shared_gate.matmul(x), shared_up.matmul(x))], axis=1)]
 
     yield Case(
         "experts_gate_up",
@@ -368,30 +368,31 @@ def down_cases(quant: str, dtype: mx.Dtype, sizes: Sizes) -> Iterator[Case]:
         return
     experts = _experts(quant, 1, (hidden, width), (hidden, SHARED * width), sizes)
     own = _affine_experts(experts, dtype)
-    shared_hidden, residual = _normal((1, SHARED * width), dtype, 1), _normal((1, hidden), dtype, 2)
-    weights = mx.full((1, TOP_K), CFG.routed_scaling_factor / TOP_K)
-    mx.eval(weights)
+    residual, weights = _normal((1, hidden), dtype, 1), mx.full((1, TOP_K), CFG.routed_scaling_factor / TOP_K)
+    choices = [mx.stack([chosen, weights.view(mx.uint32)], axis=-2) for chosen in experts.chosen]
+    mx.eval(weights, choices)
 
     def call(x: mx.array, i: int) -> list[mx.array]:
-        (down,), (shared_down,), chosen = experts.of(i)
-        like_x = shared_hidden.astype(x.dtype), residual.astype(x.dtype)
-        return [experts_down(x, like_x[0], down, shared_down, chosen, weights, like_x[1])]
+        (down,), (shared_down,), _ = experts.of(i)
+        return [experts_down(x, choices[i], down, shared_down, residual.astype(x.dtype))]
 
     def by_mlx(x: mx.array, i: int) -> list[mx.array]:
         assert own is not None
         (down,), (shared_down,), chosen = own.of(i)
-        routed = (down.gather(x, chosen) * weights.astype(x.dtype)[..., None]).sum(axis=1)
-        return [routed + shared_down.matmul(shared_hidden) + residual]
+        routed_x, shared_x = mx.split(x, [TOP_K * width], axis=-1)
+        routed = down.gather(mx.unflatten(routed_x, -1, (TOP_K, width)), chosen)
+        routed = (routed * weights.astype(x.dtype)[..., None]).sum(axis=1)
+        return [routed + shared_down.matmul(shared_x) + residual]
 
     yield Case(
         "experts_down",
         f"{TOP_K} of {sizes.num_experts} + {SHARED}: {width} -> {hidden}",
         quant,
-        _normal((1, TOP_K, width), dtype),
+        _normal((1, (TOP_K + SHARED) * width), dtype),
         CHOICES,
         2.0 * (TOP_K + SHARED) * width * hidden,
         _contestants("experts_down", call, experts.nbytes, Contestant(by_mlx, own.nbytes) if own else None),
-        total((experts.chosen[0], weights, shared_hidden, residual)),
+        total((choices[0], residual)),
     )
 
 

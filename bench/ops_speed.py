@@ -38,7 +38,10 @@ COLUMNS = (
 def main(argv: list[str] | None = None) -> int:
     parser = script.parser("ops_speed", __doc__)
     quants = (*QUANT_TYPES, "F16", "BF16", "F32")
-    parser.add_argument("--op", type=script.listed(script.choice(*OPS)), default=list(OPS), metavar="OP[,OP]")
+    ops_help = f"of {', '.join(OPS)} (default: all)"
+    parser.add_argument(
+        "--op", type=script.listed(script.choice(*OPS)), default=list(OPS), metavar="OP[,OP]", help=ops_help
+    )
     parser.add_argument(
         "--quant", type=script.listed(script.choice(*quants)), default=["Q4_0"], metavar="TYPE[,TYPE]",
         help=f"types of the weights (default Q4_0) of {', '.join(quants)}",

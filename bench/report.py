@@ -72,7 +72,8 @@ class Report:
         quoted = f" (quoted {at['quoted_gb_s']:,.0f})" if at["quoted_gb_s"] else ""
         parts = [
             at["date"][:10],
-            at["commit"] or f"source {at['source_sha256']}",
+            # Of a checkout that is not clean the commit says little, the source all.
+            at["commit"] if (at["commit"] or "+")[-1] != "+" else f"source {at['source_sha256']}",
             f"MLX {at['mlx']}",
             f"copy {at['copy']['gb_s']:,.0f} GB/s{quoted}",
             *power,

@@ -288,7 +288,10 @@ def _arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = script.parser("tune", __doc__)
     parser.usage = "python bench/tune.py [-h] [--op OP[,OP]] [...] [-- OPTIONS OF block.py AND decode.py]"
     ops, quants = tuple(op_cases.OPS), (*QUANT_TYPES, "F16", "BF16", "F32")
-    parser.add_argument("--op", type=script.listed(script.choice(*ops)), default=list(ops), metavar="OP[,OP]")
+    ops_help = f"of {', '.join(ops)} (default: all)"
+    parser.add_argument(
+        "--op", type=script.listed(script.choice(*ops)), default=list(ops), metavar="OP[,OP]", help=ops_help
+    )
     parser.add_argument(
         "--quant", type=script.listed(script.choice(*quants)), default=["Q4_0"], metavar="TYPE[,TYPE]",
         help=f"types of the weights (default Q4_0) of {', '.join(quants)}",

@@ -12,7 +12,7 @@ with MLX's operations; those named `_ops` have no kernel, nor has `moe_prefill`,
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from functools import cache
 from typing import TypeAlias
 
@@ -24,10 +24,10 @@ from kernels.embed import embed
 from kernels.experts_down import experts_down
 from kernels.experts_gate_up import experts_gate_up, swiglu_ops
 from kernels.mla_decode import attend_ops, latent_rows_ops, mla_decode, rope_ops
-from kernels.planes import Weight
+from kernels.planes import Weight, bundled
 from kernels.prefill import moe_prefill, takes
-from kernels.qmv import Norm, absorb, merge_heads, norm_qmv, qmv, qmv_all
-from kernels.route import Router
+from kernels.qmv import Norm, absorb, merge_heads, norm_qmv, qmv, qmv_all, qmv_beside
+from kernels.route import Router, experts_of, weights_of
 
 Cache: TypeAlias = LatentCache | TracedCache
 Tap = Callable[[str, mx.array], None]  # sees named intermediate values; the parity tests' way in
@@ -40,7 +40,7 @@ def no_tap(name: str, value: mx.array) -> None:
 class Weights:
     """The weights below one name: `Weights(w, "layers.3.")["self_attn.o_proj"]`."""
 
-    def __init__(self, weights: Mapping[str, Weight], prefix: str):
+    def __init__(self, weights: MutableMapping[str, Weight], prefix: str):
         self.weights, self.prefix = weights, prefix
 
     def __getitem__(self, name: str) -> Weight:
@@ -51,6 +51,15 @@ class Weights:
 
     def get(self, name: str) -> Weight | None:
         return self.weights.get(self.prefix + name)
+
+    def bundle(self, *names: str) -> None:
+        """Put what one launch reads into one array, where launches are: the arrays that were there are dropped."""
+        if mx.default_device() == mx.Device(mx.cpu):
+            return
+        present = [name for name in names if name in self]
+        for name, weight in zip(present, bundled([self[name] for name in present]), strict=True):
+            self.weights[self.prefix + name] = weight
+        mx.clear_cache()  # of the arrays that were dropped; the next bundle has another size
 
     def vector(self, name: str) -> mx.array:
         weight = self[name]
@@ -93,6 +102,8 @@ class Attention:
 
     def __init__(self, cfg: Config, weights: Weights, layer: int, norm: Norm):
         self.cfg, self.layer, self.norm = cfg, layer, norm
+        for names in (("q_proj", "q_a_proj", "kv_a_proj"), ("q_b_proj",), ("k_b",), ("v_b",), ("o_proj",)):
+            weights.bundle(*names)
         self.q_proj = weights.get("q_proj")  # models without q_lora
         if self.q_proj is None:
             self.q_a_proj = weights["q_a_proj"]
@@ -111,6 +122,9 @@ class Attention:
 
         if self.q_proj is not None:
             q, kv_a = qmv_all(x, (self.q_proj, self.kv_a_proj), self.norm)
+        elif isinstance(cache, TracedCache):
+            kv_a = qmv_beside(x, (self.q_a_proj, self.kv_a_proj), self.norm)  # one array of q_a, then kv_a
+            q = qmv(kv_a, self.q_b_proj, self.q_a_layernorm)
         else:
             q_a, kv_a = qmv_all(x, (self.q_a_proj, self.kv_a_proj), self.norm)
             q = qmv(q_a, self.q_b_proj, self.q_a_layernorm)
@@ -148,6 +162,8 @@ class MLP:
 
     def __init__(self, weights: Weights, norm: Norm):
         self.norm = norm
+        weights.bundle("gate_proj", "up_proj")
+        weights.bundle("down_proj")
         self.gate_proj, self.up_proj, self.down_proj = (weights[f"{n}_proj"] for n in ("gate", "up", "down"))
 
     def __call__(self, x: mx.array, tap: Tap = no_tap) -> mx.array:
@@ -161,6 +177,8 @@ class MoE:
 
     def __init__(self, cfg: Config, weights: Weights, norm: Norm):
         self.norm = norm
+        weights.bundle(*(f"{owner}.{n}_proj" for owner in ("experts", "shared_experts") for n in ("gate", "up")))
+        weights.bundle("experts.down_proj", "shared_experts.down_proj")
         self.gate = weights["gate"]
         bias = weights.vector("e_score_correction_bias") if "e_score_correction_bias" in weights else None
         scale = cfg.routed_scaling_factor
@@ -176,18 +194,16 @@ class MoE:
         gate, up, down = self.gate_proj, self.up_proj, self.down_proj
         shared_gate, shared_up, shared_down = self.shared_gate, self.shared_up, self.shared_down
         if takes(x.size // x.shape[-1], self.router, gate.shape[0]):
-            out, experts, weights = moe_prefill(
+            out, choice = moe_prefill(
                 normed, router_logits, self.router, gate, up, down, shared_gate, shared_up, shared_down, x
             )
         else:
-            hidden, shared_hidden, experts, weights = experts_gate_up(
-                normed, router_logits, self.router, gate, up, shared_gate, shared_up
-            )
-            out = experts_down(hidden, shared_hidden, down, shared_down, experts, weights, x)
+            hidden, choice = experts_gate_up(normed, router_logits, self.router, gate, up, shared_gate, shared_up)
+            out = experts_down(hidden, choice, down, shared_down, x)
         tap("ffn_norm", normed)
         tap("router_logits", router_logits)
-        tap("experts", experts)
-        tap("expert_weights", weights)
+        tap("experts", experts_of(choice))
+        tap("expert_weights", weights_of(choice))
         return out
 
 
@@ -208,9 +224,12 @@ class Block:
 
 
 class Model:
-    """`model.logits(model.hidden_states(tokens, cache))`, with tokens (B, L) and `cache` from `new_cache`."""
+    """`model.logits(model.hidden_states(tokens, cache))`, with tokens (B, L) and `cache` from `new_cache`.
 
-    def __init__(self, cfg: Config, weights: Mapping[str, Weight], dtype: mx.Dtype):
+    On a GPU the weights of each launch move into one array, and `weights` then holds views of it.
+    """
+
+    def __init__(self, cfg: Config, weights: MutableMapping[str, Weight], dtype: mx.Dtype):
         self.cfg, self.dtype = cfg, dtype
         self.embed_tokens = weights["embed_tokens"]
         self.layers = [Block(cfg, Weights(weights, f"layers.{i}."), i) for i in range(cfg.num_layers)]

@@ -5,7 +5,7 @@ Block layouts: llama.cpp `ggml-common.h`; the same in Python in `gguf.quants`.
 
 import math
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import gguf
 import mlx.core as mx
@@ -62,8 +62,7 @@ def _pack_planes(
         "mins": mx.float16,
         "sub_scales": mx.uint8 if quant_type.has_mins else mx.int8,
     }
-    arrays: dict[str, Any] = {}
-    views = []
+    arrays, views = {}, []
     for name, part in zip(names, split(blocks[:1]), strict=True):
         row_bytes = len(blocks) * part.shape[1] // math.prod(shape[:-1])
         arrays[name], view = _allocate((*shape[:-1], row_bytes // dtypes[name].size), dtypes[name])
@@ -73,7 +72,9 @@ def _pack_planes(
         for view, part in zip(views, split(blocks[start : start + step]), strict=True):
             view[start : start + step] = part
         on_bytes(start * blocks.shape[1])
-    return QuantizedTensor(quant_type, shape, **arrays)
+    return QuantizedTensor(
+        quant_type, shape, arrays["quants"], arrays["scales"], arrays.get("mins"), arrays.get("sub_scales")
+    )
 
 
 def _copy(raw: Bytes, dtype: mx.Dtype, shape: tuple[int, ...]) -> mx.array:

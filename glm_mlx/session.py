@@ -110,7 +110,8 @@ class _Talk:
             if answer.text:
                 print(flush=True)
             if len(ids) + len(answer.steps) == self.engine.context:
-                STDERR.print(f"\nthe context of {self.engine.context:,} tokens is full")
+                more = "; /reset starts anew, --drop-reasoning keeps more turns" if self.args.chat else ""
+                STDERR.print(f"\nthe context of {self.engine.context:,} tokens is full{more}", soft_wrap=True)
             elif not answer.text and answer.finish == "length" and benchmark is None:
                 STDERR.print("\nno answer yet: it stopped inside the reasoning; raise --count or use --no-think")
         return answer

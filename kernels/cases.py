@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import wraps
 from itertools import groupby
 from types import ModuleType
@@ -13,6 +13,7 @@ import mlx.core as mx
 
 from kernels import launcher
 from kernels.planes import QuantizedTensor
+from kernels.route import experts_of, weights_of
 
 FLOATS = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16"}
 
@@ -34,13 +35,15 @@ class Case:
         return self.function.__module__.rpartition(".")[2]
 
     def run(self) -> list[mx.array]:
-        return _outputs(self.function(**self.arguments))
+        """Its results; the chosen experts and the bits of their weights as two."""
+        outputs = _outputs(self.function(**self.arguments))
+        return [part for y in outputs for part in ((experts_of(y), weights_of(y)) if y.dtype == mx.uint32 else (y,))]
 
     def expected(self) -> list[mx.array]:
         """What the twins give for the same values in float32."""
         exact = {name: self.arguments[name].astype(mx.float32) for name in self.activations}
         with launcher.avoiding():
-            return _outputs(self.function(**{**self.arguments, **exact}))
+            return replace(self, arguments={**self.arguments, **exact}).run()
 
     def launches(self) -> list[launcher.Launch]:
         """What `run` launches on a GPU: nothing where its twin must do. Raises KernelRefusedError."""
@@ -95,7 +98,7 @@ class Case:
         weights = self._weights()
         with launcher.avoiding():
             written = self.run()
-        ids = [a for a in (*arrays, *written) if mx.issubdtype(a.dtype, mx.integer) and a.ndim == 2]
+        ids = [experts_of(a) for a in arrays if a.dtype == mx.uint32] + [a for a in written if a.dtype == mx.uint32]
         chosen = ids[0].size if ids else None
         total = sum(a.nbytes for a in (*arrays, *written) if all(a is not w for w in weights))
         for w in weights:

@@ -2,6 +2,7 @@
 // shared ones; simdgroup i takes slots i, i + SIMDGROUPS, ... The simdgroups' sums meet in threadgroup memory and are
 // added in order, so the bits are the same in every run.
 threadgroup float partial[SIMDGROUPS * ROWS];
+constexpr int RESULTS = TOP_K * WIDTH + SHARED_WIDTH;  // of gate and up, for a token
 const uint lane = thread_index_in_simdgroup;
 const uint simdgroup = simdgroup_index_in_threadgroup;
 const uint token = threadgroup_position_in_grid.y;
@@ -21,16 +22,16 @@ for (int r = 0; r < ROWS; ++r) {
 }
 for (uint slot = simdgroup; slot < uint(SLOTS); slot += uint(SIMDGROUPS)) {
   if (slot < uint(TOP_K)) {
-    const uint choice = token * uint(TOP_K) + slot;
-    const uint base = min(uint(experts[choice]), uint(EXPERTS - 1)) * uint(ROWS_IN_ALL);
+    const auto chosen = choice + token * uint(2 * TOP_K) + slot;
+    const uint base = min(chosen[0], uint(EXPERTS - 1)) * uint(ROWS_IN_ALL);
     const uint last = base + uint(ROWS_IN_ALL - 1);
-    const auto x = hidden + choice * uint(WIDTH);
-    add_rows<ROWS, DEPTH, WIDTH / 8>(DOWN, x, base + first, last, 0, weights[choice], lane, sums);
+    const auto x = hidden + token * uint(RESULTS) + slot * uint(WIDTH);
+    add_rows<ROWS, DEPTH, WIDTH / 8>(DOWN, x, base + first, last, 0, as_type<float>(chosen[TOP_K]), lane, sums);
   }
 #ifdef SHARED_DOWN
   if (slot >= uint(TOP_K)) {
     const uint from = (slot - uint(TOP_K)) * uint(WIDTH / 8);
-    const auto x = shared_hidden + token * uint(SHARED_WIDTH);
+    const auto x = hidden + token * uint(RESULTS) + uint(TOP_K * WIDTH);
     add_rows<ROWS, DEPTH, WIDTH / 8>(SHARED_DOWN, x, first, uint(ROWS_IN_ALL - 1), from, 1.0f, lane, sums);
   }
 #endif

@@ -6,6 +6,7 @@ const uint slot = threadgroup_position_in_grid.y;
 const uint token = threadgroup_position_in_grid.z;
 const uint first = (threadgroup_position_in_grid.x * uint(SIMDGROUPS) + simdgroup_index_in_threadgroup) * uint(ROWS);
 const auto xt = x + token * uint(COLS);
+constexpr int RESULTS = TOP_K * WIDTH + SHARED_WIDTH;  // of a token
 #ifndef BIAS
 const device float* bias = 0;
 #endif
@@ -23,7 +24,7 @@ if (slot < uint(TOP_K) && first < uint(WIDTH)) {
       total += scores[k];
       expert = uint(k) <= slot ? best : expert;
       if (writes && lane == 0) {
-        experts[token * uint(TOP_K) + uint(k)] = best;
+        choice[token * uint(2 * TOP_K) + uint(k)] = best;
       }
     }
   }
@@ -31,14 +32,14 @@ if (slot < uint(TOP_K) && first < uint(WIDTH)) {
 #pragma unroll
     for (int k = 0; k < TOP_K; ++k) {
       const float share = NORMALIZE ? scores[k] / (total + 1e-20f) : scores[k];
-      weights[token * uint(TOP_K) + uint(k)] = share * SCALE;
+      choice[token * uint(2 * TOP_K) + uint(TOP_K + k)] = as_type<uint>(share * SCALE);
     }
   }
   const uint base = expert * uint(WIDTH);
   swiglu_rows<ROWS, DEPTH, COLS>(GATE, UP, xt, base + first, base + uint(WIDTH - 1), lane, values);
   for (int r = 0; r < ROWS; ++r) {
     if (lane == 0 && first + uint(r) < uint(WIDTH)) {
-      hidden[(token * uint(TOP_K) + slot) * uint(WIDTH) + first + uint(r)] = T(values[r]);
+      hidden[token * uint(RESULTS) + slot * uint(WIDTH) + first + uint(r)] = T(values[r]);
     }
   }
 }
@@ -48,7 +49,7 @@ if (slot >= uint(TOP_K) && first < uint(WIDTH) && shared_first < uint(SHARED_WID
   swiglu_rows<ROWS, DEPTH, COLS>(SHARED_GATE, SHARED_UP, xt, shared_first, uint(SHARED_WIDTH - 1), lane, values);
   for (int r = 0; r < ROWS; ++r) {
     if (lane == 0 && first + uint(r) < uint(WIDTH) && shared_first + uint(r) < uint(SHARED_WIDTH)) {
-      shared_hidden[token * uint(SHARED_WIDTH) + shared_first + uint(r)] = T(values[r]);
+      hidden[token * uint(RESULTS) + uint(TOP_K * WIDTH) + shared_first + uint(r)] = T(values[r]);
     }
   }
 }

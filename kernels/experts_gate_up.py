@@ -1,16 +1,14 @@
 """The first half of a MoE feed-forward: choose the experts, then silu(gate x) * (up x) for them and the shared one.
 
 experts_gate_up(x, router_logits, router, gate, up, shared_gate, shared_up)
-    -> (hidden, shared_hidden, experts, weights), and the same with `_ops`
+    -> (hidden, choice), and the same with `_ops`
     x              (T, D)      float32, bfloat16 or float16; T may be several dimensions, here and below
     router_logits  (T, E)      float32
     router         `Router`    kernels/route.py: what is chosen, and what the weights are
     gate, up       (E, F, D)   `Weight`s of one type each
     shared_*       (S, D)      the shared experts side by side, or None
-    hidden         (T, K, F)   dtype of x; summed in float32
-    shared_hidden  (T, S)      dtype of x, or None
-    experts        (T, K)      uint32
-    weights        (T, K)      float32
+    hidden         (T, K * F + S)  dtype of x: of the chosen experts, best first, then of the shared; summed in float32
+    choice         (T, 2, K)   uint32: the chosen experts, then the bits of their weights, which are float32
 
 The kernel takes up to 8 tokens, and 8 to 256 experts. It reads the rows of the chosen experts and of the shared ones
 once for each token, at the file's own bits: for GLM-4.7-Flash in Q4_0, 5 * 2 * 1536 * 2048 * 4.5 / 8 = 17.7 MB a token.
@@ -26,7 +24,7 @@ import mlx.core as mx
 from kernels import launcher
 from kernels.planes import Weight
 from kernels.qmv import gather_qmv_ops, qmv_ops
-from kernels.route import Gating, Router
+from kernels.route import Gating, Router, experts_of
 from kernels.shapes import launch_shape, matrix_names
 
 DEPTH = 4  # chunks that a lane loads in one go, at most
@@ -46,14 +44,14 @@ def experts_gate_up_ops(
     up: Weight,
     shared_gate: Weight | None,
     shared_up: Weight | None,
-) -> tuple[mx.array, mx.array | None, mx.array, mx.array]:
-    experts, weights = router(router_logits)
-    rows, ids = x.reshape(-1, 1, x.shape[-1]), experts.reshape(-1, router.top_k)
-    hidden = swiglu_ops(gather_qmv_ops(rows, gate, ids), gather_qmv_ops(rows, up, ids))
-    hidden = hidden.reshape(*experts.shape, -1)
-    if shared_gate is None or shared_up is None:
-        return hidden, None, experts, weights
-    return hidden, swiglu_ops(qmv_ops(x, shared_gate), qmv_ops(x, shared_up)), experts, weights
+) -> tuple[mx.array, mx.array]:
+    choice = router.choice(router_logits)
+    rows, ids = x.reshape(-1, 1, x.shape[-1]), experts_of(choice).reshape(-1, router.top_k)
+    hidden = swiglu_ops(gather_qmv_ops(rows, gate, ids), gather_qmv_ops(rows, up, ids)).reshape(*x.shape[:-1], -1)
+    if shared_gate is not None and shared_up is not None:
+        shared_hidden = swiglu_ops(qmv_ops(x, shared_gate), qmv_ops(x, shared_up))
+        hidden = mx.concatenate([hidden, shared_hidden], axis=-1)
+    return hidden, choice
 
 
 def experts_gate_up(
@@ -64,7 +62,7 @@ def experts_gate_up(
     up: Weight,
     shared_gate: Weight | None,
     shared_up: Weight | None,
-) -> tuple[mx.array, mx.array | None, mx.array, mx.array]:
+) -> tuple[mx.array, mx.array]:
     tokens = x.size // x.shape[-1]
     back_end = launcher.back_end("experts_gate_up") if tokens <= launcher.MAX_TOKENS else None
     possible = 8 <= gate.shape[0] <= MAX_EXPERTS and launcher.fits(gate, up, shared_gate, shared_up)
@@ -85,10 +83,10 @@ def experts_gate_up(
         router.scale,
         x.dtype,
         tuple(launcher.kind(w) for w in matrices),
+        launcher.layout(*matrices),
     )
-    planes = (plane for w in matrices for plane in launcher.planes(w))
-    hidden, experts, weights, *shared = launch(x, router_logits, *bias, *planes)
-    return hidden, shared[0] if shared else None, experts, weights
+    hidden, choice = launch(x, router_logits, *bias, *launcher.arrays(*matrices))
+    return hidden, choice
 
 
 @cache
@@ -103,6 +101,7 @@ def _launch(
     scale: float,
     dtype: mx.Dtype,
     kinds: tuple[launcher.Kind, ...],
+    layout: launcher.Layout | None,
 ) -> launcher.Launch:
     num_experts, width, cols = kinds[0][1]
     lead = logits_shape[:-1]
@@ -122,16 +121,13 @@ def _launch(
     rows, simdgroups, most = launch_shape(
         "experts_gate_up", matrix_names(kinds), tokens, ROWS=ROWS, SIMDGROUPS=SIMDGROUPS, DEPTH=DEPTH
     )
-    outputs: dict[str, tuple[tuple[int, ...], mx.Dtype]] = {
-        "hidden": ((*lead, top_k, width), dtype),
-        "experts": ((*lead, top_k), mx.uint32),
-        "weights": ((*lead, top_k), mx.float32),
-    }
+    shared_width = kinds[2][1][0] if len(kinds) > 2 else 0
     template: dict[str, int | bool | mx.Dtype] = {
         "T": dtype,
         "COLS": cols,
         "DEPTH": launcher.depth(cols, launcher.LANES, most),
         "WIDTH": width,
+        "SHARED_WIDTH": shared_width,
         "EXPERTS": num_experts,
         "PER_LANE": -(-num_experts // launcher.LANES),
         "TOP_K": top_k,
@@ -141,18 +137,17 @@ def _launch(
         "ROWS": rows,
         "SIMDGROUPS": simdgroups,
     }
-    slots = top_k
-    if len(kinds) > 2:
-        shared_width = kinds[2][1][0]
-        outputs["shared_hidden"] = ((*lead, shared_width), dtype)
-        template["SHARED_WIDTH"] = shared_width
-        slots += -(-shared_width // width)
+    slots = top_k + -(-shared_width // width)
     return launcher.prepare(
         back_end,
         "experts_gate_up",
         inputs=["x", "router_logits", *["bias"] * with_bias],
         weights=dict(zip(("GATE", "UP", "SHARED_GATE", "SHARED_UP"), kinds, strict=False)),
-        outputs=outputs,
+        layout=layout,
+        outputs={
+            "hidden": ((*lead, top_k * width + shared_width), dtype),
+            "choice": ((*lead, 2, top_k), mx.uint32),
+        },
         template=template,
         defines={"SCALE": f"{scale!r}f"} | ({"BIAS": ""} if with_bias else {}),
         threadgroups=(-(-width // (rows * simdgroups)), slots, tokens),

@@ -34,6 +34,8 @@ LANES = 32
 BackEnd: TypeAlias = Callable[..., Callable[..., list[mx.array]]]
 # What a launch must know of a weight: (type, shape), the type as in GGUF.
 Kind: TypeAlias = tuple[str, tuple[int, ...]]
+# Where in one array the planes of each weight begin, in words.
+Layout: TypeAlias = tuple[tuple[int, ...], ...]
 
 _DENSE = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16"}
 _DENSE_TEXT = {"F32": "float", "F16": "float16_t", "BF16": "bfloat16_t"}
@@ -118,6 +120,22 @@ def planes(weight: Weight) -> tuple[mx.array, ...]:
     return weight.planes if isinstance(weight, QuantizedTensor) else (weight,)
 
 
+def layout(*weights: Weight) -> Layout | None:
+    """Where the planes of each begin in the array that all of them share; None where they have arrays of their own."""
+    bundles = [w.bundle if isinstance(w, QuantizedTensor) else None for w in weights]
+    if bundles[0] is None or any(bundle is not bundles[0] for bundle in bundles):
+        return None
+    return tuple(w.begins for w in weights if isinstance(w, QuantizedTensor))
+
+
+def arrays(*weights: Weight) -> list[mx.array]:
+    """What a launch gets for these weights: the array that they share, or the planes of each."""
+    first = weights[0]
+    if layout(*weights) is not None and isinstance(first, QuantizedTensor) and first.bundle is not None:
+        return [first.bundle]
+    return [plane for w in weights for plane in planes(w)]
+
+
 @dataclass(frozen=True)
 class Launch:
     """A kernel with everything but its arrays. op, inputs, writes, weights and defines are what `prepare` was given."""
@@ -135,7 +153,7 @@ class Launch:
     output_dtypes: list[mx.Dtype]
 
     def __call__(self, *arrays: mx.array) -> list[mx.array]:
-        """`arrays`: the plain inputs, then the planes of the weights, in the order that `prepare` was given."""
+        """`arrays`: the plain inputs, then what `arrays` says of the weights, in the order that `prepare` was given."""
         if _recorded is not None:
             _recorded.append((self, arrays))
             return [mx.zeros(*output) for output in zip(self.output_shapes, self.output_dtypes, strict=True)]
@@ -168,6 +186,7 @@ def prepare(
     weights: Mapping[str, Kind],
     outputs: Mapping[str, tuple[tuple[int, ...], mx.Dtype]],
     template: Mapping[str, int | bool | mx.Dtype],
+    layout: Layout | None = None,
     threadgroups: tuple[int, int, int],
     simdgroups: int,
     defines: Mapping[str, str] | None = None,
@@ -176,8 +195,9 @@ def prepare(
 ) -> Launch:
     """The launch of `<op>.metal` with so many threadgroups of so many simdgroups.
 
-    weights: by the name that the text has for each, in capitals; its planes become inputs. defines: more names for the
-    text. Raises KernelRefusedError, naming the op, for what Metal or CUDA could not run.
+    weights: by the name that the text has for each, in capitals; its planes become inputs, or with `layout` the one
+    array that holds them all. defines: more names for the text. Raises KernelRefusedError, naming the op, for what
+    Metal or CUDA could not run.
 
     writes: inputs that the kernel writes, which the text says too: its first line is `// writes: `, then their names
     with commas between. MLX does not know of such a write. So a launch must get these arrays row-contiguous (of any
@@ -186,11 +206,17 @@ def prepare(
     """
     names = [*inputs]
     lines = [f"#define {name} {value}\n" for name, value in (defines or {}).items()]
-    for name, (kind_name, shape) in weights.items():
-        struct, plane_names = _struct(kind_name, shape[-1])
-        plane_names = [f"{name.lower()}_{plane}" for plane in plane_names]
-        lines.append(f"#define {name} {struct}{{{', '.join(plane_names)}}}\n")
-        names += plane_names
+    for i, (name, (kind_name, shape)) in enumerate(weights.items()):
+        struct, kind_planes = _struct(kind_name, shape[-1])
+        if layout is None:
+            pointers = [f"{name.lower()}_{plane}" for plane in kind_planes]
+            names += pointers
+        else:
+            types = zip(kind_planes.values(), layout[i], strict=True)
+            pointers = [f"(const device {plane_type}*)(bundle + {begin})" for plane_type, begin in types]
+        lines.append(f"#define {name} {struct}{{{', '.join(pointers)}}}\n")
+    if layout is not None:
+        names.append("bundle")
     threads = simdgroups * LANES
     if not 0 < threads <= MAX_THREADS:
         raise KernelRefusedError(op, f"{threads} threads in a threadgroup; 32 to {MAX_THREADS} are possible")
@@ -246,8 +272,8 @@ def _check_writes(op: str, body: str, inputs: Sequence[str], writes: Sequence[st
 def _included(op: str, text: str) -> str:
     """A line that includes the text from the user's cache folder; the text itself where nothing can be written.
 
-    For each launch MLX's CUDA back end hashes the whole text of the kernel: for our 40 KB that took longer than all else
-    (bench/LOG.md). NVRTC reads the file when it compiles.
+    For each launch MLX's CUDA back end hashes the whole text of the kernel, which took longer than all else for our
+    40 KB (bench/LOG.md). NVRTC reads the file when it compiles.
     """
     file = cache_folder() / "cuda" / f"{op}_{hashlib.sha256(text.encode()).hexdigest()[:12]}.h"
     if re.search(r'["\\\n]', str(file)):
@@ -268,10 +294,10 @@ def _text(name: str) -> str:
     return (HERE / name).read_text()
 
 
-def _struct(kind_name: str, cols: int) -> tuple[str, list[str]]:
-    """The text's type for a weight with rows of `cols` values, and its planes in order."""
+def _struct(kind_name: str, cols: int) -> tuple[str, dict[str, str]]:
+    """The text's type for a weight with rows of `cols` values, and its planes in order, with their types."""
     if kind_name in _DENSE_TEXT:
-        return f"Dense<{_DENSE_TEXT[kind_name]}, {cols}>", ["values"]
+        return f"Dense<{_DENSE_TEXT[kind_name]}, {cols}>", {"values": _DENSE_TEXT[kind_name]}
     quant = QUANT_TYPES[kind_name]
     code = "Iq4Nl" if kind_name == "IQ4_NL" else f"Linear<{quant.bits}, {quant.zero}>"
     struct = {
@@ -280,5 +306,9 @@ def _struct(kind_name: str, cols: int) -> tuple[str, list[str]]:
         (True, True): "SuperMin",
         (False, True): "Super",
     }[quant.has_mins, quant.is_super]
-    plane_names = ["quants", "scales", *["mins"] * quant.has_mins, *["sub_scales"] * quant.is_super]
-    return f"{struct}<{code}, {cols}>", plane_names
+    plane_types = {"quants": "uint32_t", "scales": "float16_t"}
+    if quant.has_mins:
+        plane_types["mins"] = "float16_t"
+    if quant.is_super:
+        plane_types["sub_scales"] = "uint8_t" if quant.has_mins else "int8_t"
+    return f"{struct}<{code}, {cols}>", plane_types

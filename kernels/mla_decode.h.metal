@@ -42,6 +42,13 @@ inline void store_pair(device T* values, size_t pair, uint value) {
   ((device uint*)values)[pair] = value;
 }
 
+// Whether DIMENSIONS values hold the p-th pair of a lane. Known when the loop over p is unrolled where that is possible:
+// what is left out then is not fetched as instructions either, which in a short context take the longest.
+template <int DIMENSIONS>
+inline bool holds(int p, uint pair) {
+  return DIMENSIONS % 64 == 0 ? p < DIMENSIONS / 64 : pair < uint(DIMENSIONS / 2);
+}
+
 // RoPE of a pair, interleaved: the angle is the position over the wavelength. Whole turns are taken off first, 2 pi in two
 // parts, so that the fast cosine and sine are good to 4e-7; the exact ones are hundreds of instructions.
 inline float2 rotate(float2 pair, float position, float wavelength) {

@@ -39,21 +39,21 @@ if (end > cached) {
 #pragma unroll
     for (int p = 0; p < PAIRS; ++p) {
       const uint pair = uint(p) * 32 + lane;
-      values[p] = as_float<T>(load_pair(kv_a + r * uint(WIDTH), min(pair, uint(WIDTH / 2 - 1))));
-      squares += pair < uint(LATENT / 2) ? values[p].x * values[p].x + values[p].y * values[p].y : 0.0f;
+      values[p] = as_float<T>(load_pair(kv_a + r * uint(KV_A) + uint(KV_A - WIDTH), min(pair, uint(WIDTH / 2 - 1))));
+      squares += holds<LATENT>(p, pair) ? values[p].x * values[p].x + values[p].y * values[p].y : 0.0f;
     }
     const float inverse = rsqrt(simd_sum(squares) / float(LATENT) + EPS);
     const bool stores = first_head == 0 && query == uint(QUERIES - 1) && row >= begin && row < end;
 #pragma unroll
     for (int p = 0; p < PAIRS; ++p) {
       const uint pair = uint(p) * 32 + lane;
-      if (pair < uint(LATENT / 2)) {
+      if (holds<LATENT>(p, pair)) {
         values[p].x *= inverse * norm_weight[pair * 2];
         values[p].y *= inverse * norm_weight[pair * 2 + 1];
-      } else if (pair < uint(WIDTH / 2)) {
+      } else if (holds<WIDTH>(p, pair)) {
         values[p] = rotate(values[p], float(row), wavelengths[pair - uint(LATENT / 2)]);
       }
-      if (pair < uint(WIDTH / 2)) {
+      if (holds<WIDTH>(p, pair)) {
         made[r * uint(WIDTH / 2) + pair] = as_pair(values[p], T(0.0f));
         if (stores) {
           store_pair(rows, size_t(row) * size_t(WIDTH / 2) + pair, as_pair(values[p], T(0.0f)));
@@ -73,9 +73,9 @@ for (int h = 0; h < HEADS_AT_ONCE; ++h) {
   for (int p = 0; p < PAIRS; ++p) {
     const uint pair = uint(p) * 32 + lane;
     float2 value = float2(0.0f, 0.0f);
-    if (pair < uint(LATENT / 2)) {
+    if (holds<LATENT>(p, pair)) {
       value = as_float<T>(load_pair(q_latent + at * uint(LATENT), pair));
-    } else if (pair < uint(WIDTH / 2)) {
+    } else if (holds<WIDTH>(p, pair)) {
       const uint turn = pair - uint(LATENT / 2);
       const auto heads = q + (query * uint(HEADS) + min(first_head + uint(h), uint(HEADS - 1))) * uint(NOPE + ROPE);
       value = rotate(as_float<T>(load_pair(heads + NOPE, turn)), float(cached + query), wavelengths[turn]);
@@ -90,83 +90,107 @@ for (int h = 0; h < HEADS_AT_ONCE; ++h) {
 float largest = -INFINITY;
 float total = 0.0f;
 
-for (uint first = begin + simdgroup * uint(ROWS_AT_ONCE); first < end;
-     first += uint(SIMDGROUPS * ROWS_AT_ONCE)) {
-  decltype(load_pair(cache, 0)) raw[ROWS_AT_ONCE][PAIRS];
+// A turn asks for rows and works on those of the turn before, so that it need not wait for them.
+decltype(load_pair(cache, 0)) raw[ROWS_AT_ONCE][PAIRS];
+decltype(load_pair(cache, 0)) ahead[ROWS_AT_ONCE][PAIRS];
+const uint start = begin + simdgroup * uint(ROWS_AT_ONCE);
+for (uint next = start; next == start || next - uint(SIMDGROUPS * ROWS_AT_ONCE) < end;
+     next += uint(SIMDGROUPS * ROWS_AT_ONCE)) {
+  // Lanes past the last dimension read it again: their part of the query is 0, and their sums are not written.
+  if (next + uint(ROWS_AT_ONCE) <= min(end, cached)) {
+    const auto from = cache + size_t(next) * size_t(WIDTH);
 #pragma unroll
-  for (int r = 0; r < ROWS_AT_ONCE; ++r) {
-    const uint row = min(first + uint(r), end - 1);
+    for (int r = 0; r < ROWS_AT_ONCE; ++r) {
 #pragma unroll
-    for (int p = 0; p < PAIRS; ++p) {
-      // Lanes past the last dimension read it again: their part of the query is 0, and their sums are not written.
-      const uint pair = WIDTH % 64 == 0 ? uint(p) * 32 + lane : min(uint(p) * 32 + lane, uint(WIDTH / 2 - 1));
-      if (row < cached) {
-        raw[r][p] = load_pair(cache + size_t(row) * size_t(WIDTH), pair);
-      } else {
-        raw[r][p] = made[(row - cached) * uint(WIDTH / 2) + pair];
+      for (int p = 0; p < PAIRS; ++p) {
+        const uint pair = WIDTH % 64 == 0 ? uint(p) * 32 + lane : min(uint(p) * 32 + lane, uint(WIDTH / 2 - 1));
+        ahead[r][p] = load_pair(from, uint(r * WIDTH / 2) + pair);
+      }
+    }
+  } else if (next < end) {  // the last of the split; some may be new
+#pragma unroll
+    for (int r = 0; r < ROWS_AT_ONCE; ++r) {
+      const uint row = min(next + uint(r), end - 1);
+#pragma unroll
+      for (int p = 0; p < PAIRS; ++p) {
+        const uint pair = WIDTH % 64 == 0 ? uint(p) * 32 + lane : min(uint(p) * 32 + lane, uint(WIDTH / 2 - 1));
+        if (row < cached) {
+          ahead[r][p] = load_pair(cache + size_t(row) * size_t(WIDTH), pair);
+        } else {
+          ahead[r][p] = made[(row - cached) * uint(WIDTH / 2) + pair];
+        }
       }
     }
   }
   LOADS_END
-  float scores[SCORES];
+  if (next != start) {
+    float scores[SCORES];
 #pragma unroll
-  for (int r = 0; r < ROWS_AT_ONCE; ++r) {
-#pragma unroll
-    for (int h = 0; h < HEADS_AT_ONCE; ++h) {
-      scores[h * ROWS_AT_ONCE + r] = 0.0f;
-    }
-#pragma unroll
-    for (int p = 0; p < PAIRS; ++p) {
-      const float2 x = as_float<T>(raw[r][p]);
+    for (int r = 0; r < ROWS_AT_ONCE; ++r) {
 #pragma unroll
       for (int h = 0; h < HEADS_AT_ONCE; ++h) {
-        const float score = fma(queries[h][p].x, x.x, scores[h * ROWS_AT_ONCE + r]);
-        scores[h * ROWS_AT_ONCE + r] = fma(queries[h][p].y, x.y, score);
+        scores[h * ROWS_AT_ONCE + r] = 0.0f;
+      }
+#pragma unroll
+      for (int p = 0; p < PAIRS; ++p) {
+        const float2 x = as_float<T>(raw[r][p]);
+#pragma unroll
+        for (int h = 0; h < HEADS_AT_ONCE; ++h) {
+          const float score = fma(queries[h][p].x, x.x, scores[h * ROWS_AT_ONCE + r]);
+          scores[h * ROWS_AT_ONCE + r] = fma(queries[h][p].y, x.y, score);
+        }
       }
     }
-  }
-  const float sum = sums_by_lane<SCORES>(scores, lane);
-  const uint row = first + lane / uint(SCORE_SHARE) % uint(ROWS_AT_ONCE);
-  const float score = row < end ? sum : -INFINITY;
-  float larger = max(largest, score);
+    const float sum = sums_by_lane<SCORES>(scores, lane);
+    const uint row = next - uint(SIMDGROUPS * ROWS_AT_ONCE) + lane / uint(SCORE_SHARE) % uint(ROWS_AT_ONCE);
+    const float score = row < end ? sum : -INFINITY;
+    float larger = max(largest, score);
 #pragma unroll
-  for (int step = SCORE_SHARE; step < SHARE; step *= 2) {
-    larger = max(larger, simd_shuffle_xor(larger, ushort(step)));
-  }
-  const float weight = exp2(score - larger);
-  float weights = weight;
+    for (int step = SCORE_SHARE; step < SHARE; step *= 2) {
+      larger = max(larger, simd_shuffle_xor(larger, ushort(step)));
+    }
+    const float weight = exp2(score - larger);
+    float weights = weight;
 #pragma unroll
-  for (int step = SCORE_SHARE; step < SHARE; step *= 2) {
-    weights += simd_shuffle_xor(weights, ushort(step));
-  }
-  const float shrink = exp2(largest - larger);
-  if (simd_any(larger > largest)) {
+    for (int step = SCORE_SHARE; step < SHARE; step *= 2) {
+      weights += simd_shuffle_xor(weights, ushort(step));
+    }
+    const float shrink = exp2(largest - larger);
+    if (simd_any(larger > largest)) {
 #pragma unroll
-    for (int h = 0; h < HEADS_AT_ONCE; ++h) {
-      const float factor = simd_shuffle(shrink, ushort(h * SHARE));
+      for (int h = 0; h < HEADS_AT_ONCE; ++h) {
+        const float factor = simd_shuffle(shrink, ushort(h * SHARE));
+#pragma unroll
+        for (int p = 0; p < VALUES; ++p) {
+          sums[h][p] = sums[h][p] * factor;
+        }
+      }
+    }
+    total = fma(total, shrink, weights);
+    largest = larger;
+#pragma unroll
+    for (int r = 0; r < ROWS_AT_ONCE; ++r) {
+      float2 x[VALUES];
 #pragma unroll
       for (int p = 0; p < VALUES; ++p) {
-        sums[h][p] = sums[h][p] * factor;
+        x[p] = as_float<T>(raw[r][p]);
+      }
+#pragma unroll
+      for (int h = 0; h < HEADS_AT_ONCE; ++h) {
+        const float share = simd_shuffle(weight, ushort((h * ROWS_AT_ONCE + r) * SCORE_SHARE));
+#pragma unroll
+        for (int p = 0; p < VALUES; ++p) {
+          sums[h][p].x = fma(share, x[p].x, sums[h][p].x);
+          sums[h][p].y = fma(share, x[p].y, sums[h][p].y);
+        }
       }
     }
   }
-  total = fma(total, shrink, weights);
-  largest = larger;
 #pragma unroll
   for (int r = 0; r < ROWS_AT_ONCE; ++r) {
-    float2 x[VALUES];
 #pragma unroll
-    for (int p = 0; p < VALUES; ++p) {
-      x[p] = as_float<T>(raw[r][p]);
-    }
-#pragma unroll
-    for (int h = 0; h < HEADS_AT_ONCE; ++h) {
-      const float share = simd_shuffle(weight, ushort((h * ROWS_AT_ONCE + r) * SCORE_SHARE));
-#pragma unroll
-      for (int p = 0; p < VALUES; ++p) {
-        sums[h][p].x = fma(share, x[p].x, sums[h][p].x);
-        sums[h][p].y = fma(share, x[p].y, sums[h][p].y);
-      }
+    for (int p = 0; p < PAIRS; ++p) {
+      raw[r][p] = ahead[r][p];
     }
   }
 }
@@ -182,7 +206,7 @@ for (int count = SIMDGROUPS; count > 1; count = (count + 1) / 2) {
 #pragma unroll
       for (int p = 0; p < VALUES; ++p) {
         const uint dimension = (uint(p) * 32 + lane) * 2;
-        if (LATENT % 64 == 0 || dimension < uint(LATENT)) {
+        if (holds<LATENT>(p, dimension / 2)) {
           shared_sums[(at + uint(h)) * uint(LATENT) + dimension] = sums[h][p].x;
           shared_sums[(at + uint(h)) * uint(LATENT) + dimension + 1] = sums[h][p].y;
         }
@@ -210,7 +234,7 @@ for (int count = SIMDGROUPS; count > 1; count = (count + 1) / 2) {
 #pragma unroll
       for (int p = 0; p < VALUES; ++p) {
         const uint dimension = (uint(p) * 32 + lane) * 2;
-        if (LATENT % 64 == 0 || dimension < uint(LATENT)) {
+        if (holds<LATENT>(p, dimension / 2)) {
           const uint from = (at + uint(h)) * uint(LATENT) + dimension;
           sums[h][p].x = sums[h][p].x * my_factor + shared_sums[from] * other_factor;
           sums[h][p].y = sums[h][p].y * my_factor + shared_sums[from + 1] * other_factor;
@@ -227,15 +251,13 @@ if (simdgroup == 0) {
       const uint at = ((first_head + uint(h)) * uint(QUERIES) + query) * splits + split;
 #pragma unroll
       for (int p = 0; p < VALUES; ++p) {
-        const uint dimension = (uint(p) * 32 + lane) * 2;
-        if (LATENT % 64 == 0 || dimension < uint(LATENT)) {
-          partial[at * uint(LATENT) + dimension] = sums[h][p].x;
-          partial[at * uint(LATENT) + dimension + 1] = sums[h][p].y;
+        const uint pair = uint(p) * 32 + lane;
+        if (holds<LATENT>(p, pair)) {
+          ((device float2*)partial)[at * uint(LATENT / 2 + 1) + pair] = sums[h][p];
         }
       }
       if (lane == uint(h * SHARE)) {
-        state[at * 2] = largest;
-        state[at * 2 + 1] = total;
+        ((device float2*)partial)[at * uint(LATENT / 2 + 1) + uint(LATENT / 2)] = float2(largest, total);
       }
     }
   }

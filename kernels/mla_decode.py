@@ -3,7 +3,8 @@
 mla_decode(q_latent, q, kv_a, norm, wavelengths, cache, position, scale, v_b) -> (y, cache), and the same with `_ops`
     q_latent     (1, H, L, R)         q_nope absorbed through k_b
     q            (1, L, H * (N + P))  of each head the last P columns are rotated and used
-    kv_a         (1, L, R + P)        [latent | k_pe] of the new tokens: the latent is normed, k_pe rotated, then cached
+    kv_a         (1, L, R + P)        [latent | k_pe] of the new tokens, to be normed and rotated, then cached; of more
+                                      columns the last are used
     norm         `Norm` of the latent
     wavelengths  (P / 2,) float32     RoPE's angles are positions over these
     cache        (1, S, R + P)        rows [latent | k_pe], of which `position` are valid, with room for L more
@@ -41,9 +42,9 @@ from kernels.qmv import Norm, merge_heads_ops
 from kernels.shapes import launch_shape
 
 HEADS_AT_ONCE, SIMDGROUPS = 4, 4  # heads of a threadgroup, simdgroups of a threadgroup
-ROWS_AT_ONCE = 4  # rows that a lane loads in one go
-ROWS_OF_SPLIT, MAX_SPLITS = 32, 64  # rows that are worth a threadgroup of their own; splits that are worth combining
-SHORT = 2048  # with fewer rows in the cache, more and smaller threadgroups are faster than reading a row less often
+ROWS_AT_ONCE = 2  # rows that a lane loads in one go
+# Rows that are worth a threadgroup of their own, and splits: for 20 heads 260 threadgroups, which an H200 has room for.
+ROWS_OF_SPLIT, MAX_SPLITS = 32, 52
 MERGE_ROWS, MERGE_SIMDGROUPS = 4, 8  # rows of v_b of a simdgroup, simdgroups of a threadgroup
 MAX_LATENT = 2048  # a lane holds whole rows of v_b
 
@@ -156,6 +157,7 @@ def mla_decode_ops(
 ) -> tuple[mx.array, mx.array]:
     _, heads, length, _ = q_latent.shape
     q_pe = q.reshape(1, length, heads, -1)[..., -2 * wavelengths.size :].swapaxes(1, 2)
+    kv_a = kv_a[..., -cache.shape[-1] :]
     new = mx.concatenate([*latent_rows_ops(kv_a, norm, wavelengths, position)], axis=-1)
     cache = mx.slice_update(cache, new.astype(cache.dtype), position, axes=(1,))
     out = attend_ops(q_latent, rope_ops(q_pe, wavelengths, position), cache, scale, position + length)
@@ -175,7 +177,7 @@ def mla_decode(
 ) -> tuple[mx.array, mx.array]:
     back_end = launcher.back_end("mla_decode")
     _, heads, length, latent_dim = q_latent.shape
-    if back_end is None or not _fits(q_latent, cache) or not launcher.fits(v_b):
+    if back_end is None or not _fits(q_latent, kv_a, cache) or not launcher.fits(v_b):
         return mla_decode_ops(q_latent, q, kv_a, norm, wavelengths, cache, position, scale, v_b)
     rows = cache.shape[1]
     attend, merge = _launches(
@@ -185,20 +187,22 @@ def mla_decode(
         latent_dim,
         2 * wavelengths.size,
         q.shape[-1] // heads,
+        kv_a.shape[-1],
         1 << rows.bit_length() - 1,
         q_latent.dtype,
         norm.eps,
         scale,
         launcher.kind(v_b),
+        launcher.layout(v_b),
     )
-    partial, state = attend(q_latent, q, kv_a, norm.weight, wavelengths, cache, position)
-    return merge(partial, state, *launcher.planes(v_b))[0], cache
+    (partial,) = attend(q_latent, q, kv_a, norm.weight, wavelengths, cache, position)
+    return merge(partial, *launcher.arrays(v_b))[0], cache
 
 
-def _fits(q_latent: mx.array, cache: mx.array) -> bool:
+def _fits(q_latent: mx.array, kv_a: mx.array, cache: mx.array) -> bool:
     batch, _, length, latent_dim = q_latent.shape
     few = batch == 1 and length <= launcher.MAX_TOKENS and latent_dim <= MAX_LATENT
-    return few and cache.dtype == q_latent.dtype
+    return few and kv_a.shape[-1] % 2 == 0 and cache.dtype == q_latent.dtype
 
 
 @memoised
@@ -209,22 +213,23 @@ def _launches(
     latent_dim: int,
     rope_dim: int,
     qk_head_dim: int,
+    kv_a_dim: int,
     room: int,
     dtype: mx.Dtype,
     eps: float,
     scale: float,
     v_b: launcher.Kind,
+    layout: launcher.Layout | None,
 ) -> tuple[launcher.Launch, launcher.Launch]:
     """`room`: rows of the cache, to a power of 2."""
-    smaller = 2 if room < SHORT else 1
     heads_at_once, simdgroups, rows_at_once, rows_of_split, most, merge_rows, merge_simdgroups = launch_shape(
         "mla_decode",
         f"{heads} heads, {latent_dim} + {rope_dim}, {room} rows",
         length,
-        HEADS_AT_ONCE=max(1, HEADS_AT_ONCE // smaller),
+        HEADS_AT_ONCE=HEADS_AT_ONCE,
         SIMDGROUPS=SIMDGROUPS,
         ROWS_AT_ONCE=ROWS_AT_ONCE,
-        ROWS_OF_SPLIT=max(1, ROWS_OF_SPLIT // smaller),
+        ROWS_OF_SPLIT=ROWS_OF_SPLIT,
         MAX_SPLITS=MAX_SPLITS,
         MERGE_ROWS=MERGE_ROWS,
         MERGE_SIMDGROUPS=MERGE_SIMDGROUPS,
@@ -251,10 +256,8 @@ def _launches(
         inputs=["q_latent", "q", "kv_a", "norm_weight", "wavelengths", "cache", "position"],
         writes=["cache"],
         weights={},
-        outputs={
-            "partial": ((heads, length, splits, latent_dim), mx.float32),
-            "state": ((heads, length, splits, 2), mx.float32),
-        },
+        # Of each split its sums, its largest score, and its sum of exponentials.
+        outputs={"partial": ((heads, length, splits, latent_dim + 2), mx.float32)},
         template={
             "T": dtype,
             "HEADS": heads,
@@ -262,6 +265,7 @@ def _launches(
             "LATENT": latent_dim,
             "ROPE": rope_dim,
             "NOPE": qk_head_dim - rope_dim,
+            "KV_A": kv_a_dim,
             "HEADS_AT_ONCE": heads_at_once,
             "ROWS_AT_ONCE": rows_at_once,
             "SIMDGROUPS": simdgroups,
@@ -276,8 +280,9 @@ def _launches(
     merge = launcher.prepare(
         back_end,
         "mla_merge",
-        inputs=["partial", "state"],
+        inputs=["partial"],
         weights={"V_B": v_b},
+        layout=layout,
         outputs={"y": ((1, length, heads * values), dtype)},
         template={
             "T": dtype,

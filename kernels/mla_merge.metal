@@ -7,6 +7,7 @@ threadgroup float latent[LATENT];
 constexpr int PER_LANE = (SPLITS + 31) / 32;
 constexpr int DEPTH = (LATENT / 8 + 31) / 32;
 constexpr int THREADS = SIMDGROUPS * 32;
+constexpr int PAIRS = LATENT / 2 + 1;  // of a split: its sums, then its largest score and the sum of its exponentials
 const uint lane = thread_index_in_simdgroup;
 const uint first = (threadgroup_position_in_grid.x * uint(SIMDGROUPS) + simdgroup_index_in_threadgroup) * uint(ROWS);
 const uint head = threadgroup_position_in_grid.y;
@@ -24,15 +25,16 @@ for (int d = 0; d < DEPTH; ++d) {
 LOADS_END
 
 const uint at = head * uint(QUERIES) + query;
-const auto states = state + at * uint(SPLITS * 2);
+const device float2* partials = (const device float2*)partial + at * uint(SPLITS * PAIRS);
 float factors[PER_LANE];
 float totals[PER_LANE];
 float largest = -INFINITY;
 #pragma unroll
 for (int i = 0; i < PER_LANE; ++i) {
   const uint split = uint(i) * 32 + lane;
-  factors[i] = split < uint(SPLITS) ? states[split * 2] : -INFINITY;
-  totals[i] = split < uint(SPLITS) ? states[split * 2 + 1] : 0.0f;
+  const float2 state = split < uint(SPLITS) ? partials[split * uint(PAIRS) + uint(LATENT / 2)] : float2(-INFINITY, 0.0f);
+  factors[i] = state.x;
+  totals[i] = state.y;
   largest = max(largest, factors[i]);
 }
 largest = simd_max(largest);
@@ -45,14 +47,13 @@ for (int i = 0; i < PER_LANE; ++i) {
 }
 total = simd_sum(total);
 
-const device float2* partials = (const device float2*)partial + at * uint(SPLITS * (LATENT / 2));
 for (uint begin = 0; begin < uint(LATENT / 2); begin += uint(THREADS)) {
   const uint pair = begin + thread_index_in_threadgroup;
   float2 sum = float2(0.0f, 0.0f);
 #pragma unroll 16
   for (int i = 0; i < SPLITS; ++i) {
     const float factor = simd_shuffle(factors[i / 32], ushort(i % 32));
-    const float2 values = partials[uint(i * (LATENT / 2)) + min(pair, uint(LATENT / 2 - 1))];
+    const float2 values = partials[uint(i * PAIRS) + min(pair, uint(LATENT / 2 - 1))];
     sum.x = fma(factor, values.x, sum.x);
     sum.y = fma(factor, values.y, sum.y);
   }

@@ -1,7 +1,7 @@
 """A MoE feed-forward for many tokens: their choices are sorted by expert, so that its rows come one after the other.
 
 moe_prefill(x, router_logits, router, gate, up, down, shared_gate, shared_up, shared_down, residual)
-    -> (y, experts, weights)
+    -> (y, choice)
     x              (T, D)      float32, bfloat16 or float16; T may be several dimensions, here and below
     router_logits  (T, E)      float32
     router         `Router`
@@ -10,8 +10,7 @@ moe_prefill(x, router_logits, router, gate, up, down, shared_gate, shared_up, sh
     shared_*       (S, D), (S, D) and (D, S), the shared experts side by side, or None
     residual       (T, D)      added to the result
     y              (T, D)      dtype of x
-    experts        (T, K)      uint32
-    weights        (T, K)      float32
+    choice         (T, 2, K)   uint32, as from `experts_gate_up`
 
 The same as `experts_gate_up` and then `experts_down`, with their roundings, for as many tokens as `takes` says. One
 permutation serves gate, up and down, and is undone where the weighted sum is taken. With N = T * K choices, each of the
@@ -25,7 +24,7 @@ from kernels import launcher
 from kernels.experts_gate_up import swiglu_ops
 from kernels.planes import Weight
 from kernels.qmv import gather_qmv_ops, qmv_ops
-from kernels.route import Router
+from kernels.route import Router, experts_of, weights_of
 
 # Choices for each expert, on average, from which on sorting is worth its own launches, where no kernel takes the
 # tokens. With fewer than one, deriving the scales of the chosen experts alone is cheaper. Not measured on a GPU.
@@ -48,8 +47,9 @@ def moe_prefill(
     shared_up: Weight | None,
     shared_down: Weight | None,
     residual: mx.array,
-) -> tuple[mx.array, mx.array, mx.array]:
-    experts, weights = router(router_logits)
+) -> tuple[mx.array, mx.array]:
+    choice = router.choice(router_logits)
+    experts, weights = experts_of(choice), weights_of(choice)
     order = mx.argsort(experts.reshape(-1))
     chosen = experts.reshape(-1)[order]  # (N,), ascending
     rows = x.reshape(-1, x.shape[-1])[order // router.top_k]  # (N, D)
@@ -59,7 +59,7 @@ def moe_prefill(
     if shared_gate is not None and shared_up is not None and shared_down is not None:
         shared_hidden = swiglu_ops(qmv_ops(x, shared_gate), qmv_ops(x, shared_up))
         y = y + qmv_ops(shared_hidden, shared_down).astype(mx.float32)
-    return (y + residual.astype(mx.float32)).astype(x.dtype), experts, weights
+    return (y + residual.astype(mx.float32)).astype(x.dtype), choice
 
 
 def by_expert(x: mx.array, w: Weight, experts: mx.array) -> mx.array:

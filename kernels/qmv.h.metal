@@ -1,10 +1,10 @@
-// Rows of one matrix times TOKENS rows of x, `x_token` values apart, by one simdgroup: LANES lanes share a row, so that the simdgroup works on
-// 32 / LANES rows side by side, ROWS times. The last rows of a matrix may be fewer: a row past them is computed again
-// as the last one and not written.
+// Rows of one matrix times TOKENS rows of x, `x_token` values apart, by one simdgroup: LANES lanes share a row, so that
+// the simdgroup works on 32 / LANES rows side by side, ROWS times. The last rows of a matrix may be fewer: a row past
+// them is computed again as the last one and not written.
 //
 // NORMED: x is divided by its root mean square and multiplied by `norm_weight`. The sum of squares is taken on the way,
-// and divides the result. RESIDUAL: `residual` is added. NORMED_TOO: the normed x is wanted as well; of its columns every
-// row of the matrix writes its share.
+// and divides the result. RESIDUAL: `residual` is added. NORMED_TOO: the normed x is wanted as well; of its columns
+// every row of the matrix writes its share.
 template <
     int ROWS, int TOKENS, int DEPTH, int LANES, bool NORMED, bool NORMED_TOO, bool RESIDUAL, int COLS,
     class W, class T, class Y>

@@ -1,13 +1,14 @@
 """Multiply rows by quantised matrices.
 
 qmv(x, w, norm, residual, dtype) -> y, qmv_ops(x, w) -> y
-    x         (..., L, cols)     float32, bfloat16 or float16
+    x         (..., L, cols)     float32, bfloat16 or float16; of more columns the first are used
     w         (rows, cols)       a `Weight`; for `qmv_ops` also (..., rows, cols) with the leading dimensions of x
     norm      `Norm` or None     x is RMS-normed first: x / sqrt(mean(x^2) + eps) * weight
     residual  (..., L, rows)     added to the result, or None
     y         (..., L, rows)     `dtype`, by default that of x; summed in float32
 
 qmv_all(x, weights, norm) -> [y, ...]: several matrices of one x, in one launch.
+qmv_beside(x, weights, norm) -> y: the same as one array, the results side by side.
 norm_qmv(x, w, norm, dtype) -> (normed, y): the normed x too, in the dtype of x.
 
 absorb(q, k_b) -> q_latent, and the same with `_ops`: every head has its own matrix
@@ -76,6 +77,11 @@ def qmv_all(x: mx.array, weights: Sequence[Weight], norm: Norm | None = None) ->
     return _qmv(x, weights, norm, None, x.dtype)
 
 
+def qmv_beside(x: mx.array, weights: Sequence[Weight], norm: Norm) -> mx.array:
+    ys = _qmv(x, weights, norm, None, x.dtype, beside=True)
+    return ys[0] if len(ys) == 1 else mx.concatenate(ys, axis=-1)
+
+
 def norm_qmv(x: mx.array, w: Weight, norm: Norm, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
     y, normed = _qmv(x, (w,), norm, None, dtype, normed_too=True)
     return normed, y
@@ -88,12 +94,14 @@ def _qmv(
     residual: mx.array | None,
     dtype: mx.Dtype,
     normed_too: bool = False,
+    beside: bool = False,
 ) -> list[mx.array]:
     tokens = x.size // x.shape[-1]
     back_end = launcher.back_end("qmv") if tokens <= launcher.MAX_TOKENS else None
     tiny = residual is not None and residual.size < 8  # see launcher.fits
-    if back_end is None or tiny or not launcher.fits(*weights):
+    if back_end is None or tiny or x.shape[-1] % 8 or not launcher.fits(*weights):
         # In float32 where the result is: the router's norm is not rounded first.
+        x = x[..., : weights[0].shape[-1]] if x.shape[-1] > weights[0].shape[-1] else x
         wide = x.astype(mx.float32) if dtype == mx.float32 else x
         normed = wide if norm is None else norm(wide)
         ys = [qmv_ops(normed, w).astype(dtype) for w in weights]
@@ -108,15 +116,16 @@ def _qmv(
         x.dtype,
         dtype,
         kinds,
+        launcher.layout(*weights),
         None if norm is None else norm.eps,
         normed_too,
         None if residual is None else residual.size,
+        beside,
     )
     extra = [] if norm is None else [norm.weight]
     if residual is not None:
         extra.append(residual)
-    planes = [plane for w in weights for plane in launcher.planes(w)]
-    return launch(x, *extra, *planes)
+    return launch(x, *extra, *launcher.arrays(*weights))
 
 
 def absorb(q: mx.array, k_b: Weight) -> mx.array:
@@ -158,8 +167,9 @@ def _heads(
     back_end: launcher.BackEnd, x: mx.array, w: Weight, lead: tuple[int, ...], strides: tuple[int, int, int, int]
 ) -> mx.array:
     kind, (heads, rows, cols) = launcher.kind(w)
-    launch = _launch(back_end, heads, strides, lead, x.dtype, x.dtype, ((kind, (rows, cols)),), None, False, None)
-    return launch(x, *launcher.planes(w))[0]
+    kinds, layout = ((kind, (rows, cols)),), launcher.layout(w)
+    launch = _launch(back_end, heads, strides, lead, x.dtype, x.dtype, kinds, layout, None, False, None)
+    return launch(x, *launcher.arrays(w))[0]
 
 
 def _lanes(kind: str, cols: int) -> int:
@@ -178,11 +188,13 @@ def _launch(
     dtype: mx.Dtype,
     out_dtype: mx.Dtype,
     kinds: tuple[launcher.Kind, ...],
+    layout: launcher.Layout | None,
     eps: float | None,
     normed_too: bool,
     residual_size: int | None,
+    beside: bool = False,
 ) -> launcher.Launch:
-    """`lead`: the dimensions of the results before the last, which is a matrix's rows."""
+    """`lead`: the dimensions of the results before the last, which is a matrix's rows, or with `beside` all rows."""
     cols = kinds[0][1][-1]
     tokens = math.prod(lead) // heads
     with_residual = residual_size is not None
@@ -190,7 +202,7 @@ def _launch(
         "qmv",
         launcher.floats(dtype, "x"),
         *((shape[1:] == (cols,), f"matrices of {cols} columns and of shape {shape}") for _, shape in kinds),
-        (heads > 1 or strides[1] == cols, f"x of {strides[1]} columns for matrices of {cols}"),
+        (heads > 1 or strides[1] >= cols, f"x of {strides[1]} columns for matrices of {cols}"),
         (residual_size in (None, tokens * kinds[0][1][0]), f"a residual of {residual_size} values"),
     )
     lanes = max(_lanes(kind, cols) for kind, _ in kinds)
@@ -203,16 +215,21 @@ def _launch(
         DEPTH=DEPTH,
     )
     block = rows_at_once * launcher.LANES // lanes
-    blocks, matrices = 0, []
+    blocks, before, matrices = 0, 0, []
     for i, (_, (rows, _)) in enumerate(kinds):
-        matrices.append(f"DO(W{i}, y{i}, {blocks}, {rows})")
+        matrices.append(f"DO(W{i}, {f'y + {before}' if beside else f'y{i}'}, {blocks}, {rows})")
         blocks += -(-rows // block)
+        before += rows
     defines = {"MATRICES(DO)": " ".join(matrices), "EPS": f"{eps or 0.0!r}f"}
     if eps is not None:
         defines["NORM"] = ""
     if with_residual:
         defines["RESIDUAL"] = ""
-    outputs = {f"y{i}": ((*lead, shape[0]), out_dtype) for i, (_, shape) in enumerate(kinds)}
+    if beside:
+        outputs = {"y": ((*lead, before), out_dtype)}
+        strides = (*strides[:3], before)
+    else:
+        outputs = {f"y{i}": ((*lead, shape[0]), out_dtype) for i, (_, shape) in enumerate(kinds)}
     if normed_too:
         defines["NORMED_TOO"] = ""
         outputs["normed"] = ((*lead, cols), dtype)
@@ -221,6 +238,7 @@ def _launch(
         "qmv",
         inputs=["x", *["norm_weight"] * (eps is not None), *["residual"] * with_residual],
         weights={f"W{i}": kind for i, kind in enumerate(kinds)},
+        layout=layout,
         outputs=outputs,
         template={
             "T": dtype,

@@ -8,6 +8,8 @@ Router(bias, top_k, gating, normalize, scale)(router_logits) -> (experts, weight
     experts        (T, K)  uint32, best first; exact ties go to the lower index
     weights        (T, K)  float32, times `scale`
 
+`choice` has both in one array, as the kernels want it: an array of a launch costs the host time.
+
 This is the twin. The kernel is the beginning of `experts_gate_up`'s.
 
 Source: transformers `modeling_glm4_moe_lite.py`, `Glm4MoeLiteTopkRouter` and `route_tokens_to_experts`.
@@ -29,6 +31,11 @@ class Router:
     normalize: bool
     scale: float
 
+    def choice(self, router_logits: mx.array) -> mx.array:
+        """Both in one array: (T, 2, K) uint32, the experts, then the bits of their weights."""
+        experts, weights = self(router_logits)
+        return mx.stack([experts, weights.view(mx.uint32)], axis=-2)
+
     def __call__(self, router_logits: mx.array) -> tuple[mx.array, mx.array]:
         scores = mx.sigmoid(router_logits) if self.gating == "sigmoid" else mx.softmax(router_logits, axis=-1)
         choice = scores if self.bias is None else scores + self.bias
@@ -37,3 +44,13 @@ class Router:
         if self.normalize:
             weights = weights / (weights.sum(axis=-1, keepdims=True) + 1e-20)
         return experts, weights * self.scale
+
+
+def experts_of(choice: mx.array) -> mx.array:
+    """(T, 2, K) -> (T, K) uint32"""
+    return choice[..., 0, :]
+
+
+def weights_of(choice: mx.array) -> mx.array:
+    """(T, 2, K) -> (T, K) float32"""
+    return choice[..., 1, :].view(mx.float32)

@@ -29,14 +29,14 @@ from kernels.experts_gate_up import experts_gate_up, experts_gate_up_ops
 from kernels.mla_decode import mla_decode, mla_decode_ops
 from kernels.planes import QUANT_TYPES, Weight, dequantize_ops
 from kernels.qmv import Norm, absorb, absorb_ops, merge_heads, merge_heads_ops, norm_qmv, qmv, qmv_all, qmv_ops
-from kernels.route import Gating, Router
+from kernels.route import Gating, Router, experts_of, weights_of
 from parity_tests.budgets import NEAR_TIE, check, check_twice
 from parity_tests.msl import executing
 
 KINDS = (*QUANT_TYPES, "F32", "F16", "BF16")
 DTYPES = (mx.float32, mx.bfloat16, mx.float16)
 Exact = npt.NDArray[np.float64]
-Ids = Literal["random", "repeated", "outside", "negative"]
+Ids = Literal["random", "repeated", "outside"]
 
 
 # --- where kernels run
@@ -369,22 +369,17 @@ class Experts(Case):
         if self.ids == "repeated":
             return np.full((self.tokens, self.top_k), pool[-1])
         ids = np.stack([rng.permutation(pool)[: self.top_k] for _ in range(self.tokens)])
-        if self.ids in ("outside", "negative"):
+        if self.ids == "outside":
             ids[:, ::2] = self.experts - 1
         return ids
 
     @cached_property
     def given(self) -> mx.array:
         """The ids as the op gets them."""
+        ids = self.chosen.astype(np.uint32)
         if self.ids == "outside":
-            ids = self.chosen.astype(np.uint32)
             ids[:, ::2] = np.resize(np.array([self.experts, 2**31, 2**32 - 1], np.uint32), ids[:, ::2].shape)
-            return mx.array(ids)
-        if self.ids == "negative":
-            ids = self.chosen.astype(np.int32)
-            ids[:, ::2] = np.resize(np.array([-1, -(2**31), -self.experts], np.int32), ids[:, ::2].shape)
-            return mx.array(ids)
-        return mx.array(self.chosen.astype(np.uint32))
+        return mx.array(ids)
 
     def routed(self, kind: str, rows: int, cols: int, seed: int) -> Weight:
         return expert_weight(kind, self.experts, (rows, cols), seed, np.unique(self.chosen))
@@ -424,7 +419,13 @@ class GateUp(Experts):
     def call(self, op: Callable[..., Any]) -> Sequence[mx.array | None]:
         x, gate, up, *shared = self.inputs
         router = Router(None, self.top_k, "sigmoid", True, 1.8)
-        return op(x, self.logits, router, gate, up, *shared)  # type: ignore[no-any-return]
+        return self.parts(*op(x, self.logits, router, gate, up, *shared))
+
+    def parts(self, hidden: mx.array, choice: mx.array) -> list[mx.array]:
+        """hidden of the experts, of the shared ones if there are any, experts, weights"""
+        routed, shared = mx.split(hidden, [self.top_k * self.width], axis=-1)
+        routed = mx.unflatten(routed, -1, (self.top_k, self.width))
+        return [routed, *[shared] * bool(self.shared), experts_of(choice), weights_of(choice)]
 
     def kernel(self) -> Sequence[mx.array | None]:
         return self.call(experts_gate_up)
@@ -463,19 +464,27 @@ class Down(Experts):
             random_array((self.tokens, self.shared_width), self.dtype, 7) if self.shared else None,
             self.routed(self.kind, self.cols, self.width, 2),
             shared,
-            framed(weights),
+            weights,
             random_array((self.tokens, self.cols), self.dtype, 8) if self.residual else None,
         )
 
     def call(self, op: Callable[..., Any], ids: mx.array) -> Sequence[mx.array]:
-        *matrices, weights, residual = self.inputs
-        return [op(*matrices, ids, weights, residual)]
+        hidden, shared_hidden, down, shared_down, weights, residual = self.inputs
+        return [op(self.beside(hidden, shared_hidden), self.choice(ids, weights), down, shared_down, residual)]
+
+    def beside(self, hidden: mx.array, shared_hidden: mx.array | None) -> mx.array:
+        """Both as the op gets them."""
+        routed = mx.flatten(hidden, -2)
+        return framed(routed if shared_hidden is None else mx.concatenate([routed, shared_hidden], axis=-1))
+
+    def choice(self, ids: mx.array, weights: mx.array) -> mx.array:
+        return framed(mx.stack([ids, weights.view(mx.uint32)], axis=-2))
 
     def kernel(self) -> Sequence[mx.array]:
         return self.call(experts_down, self.given)
 
     def twin(self) -> Sequence[mx.array]:
-        return self.call(experts_down_ops, mx.array(self.chosen))
+        return self.call(experts_down_ops, mx.array(self.chosen.astype(np.uint32)))
 
     @cached_property
     def exact(self) -> list[Exact]:
@@ -527,7 +536,8 @@ class Route(Case):
         """With experts of one row, of zeros."""
         x, bank = mx.zeros((self.tokens, 8)), mx.zeros((self.experts, 1, 8))
         router = Router(bias, self.top_k, self.gating, self.normalize, self.scale)
-        return experts_gate_up(x, logits, router, bank, bank, None, None)[2:]
+        _, choice = experts_gate_up(x, logits, router, bank, bank, None, None)
+        return [experts_of(choice), weights_of(choice)]
 
     def kernel(self) -> Sequence[mx.array]:
         return self.call(*self.inputs)
@@ -558,7 +568,7 @@ class Route(Case):
 @dataclass(frozen=True)
 class Mla(Case):
     """context: rows of the cache with those of the `tokens` new ones; `room` rows of NaN stand behind them. kind: of
-    v_b, which gives `values` of each head."""
+    v_b, which gives `values` of each head. before: columns of kv_a that are not its own."""
 
     heads: int
     context: int
@@ -570,6 +580,7 @@ class Mla(Case):
     room: int = 3
     kind: str = "F16"
     values: int = 20
+    before: int = 0
     op: ClassVar[str] = "mla_decode"
     launches: ClassVar[int] = 2
 
@@ -580,7 +591,8 @@ class Mla(Case):
         q_latent = 3 * random_array((self.heads, self.tokens, self.latent), self.dtype, 0)
         q = random_array((self.tokens, self.heads, self.nope + self.rope), self.dtype, 1)
         q[..., : self.nope] = float("nan")
-        kv_a = random_array((self.tokens, width), self.dtype, 2)
+        kv_a = random_array((self.tokens, self.before + width), self.dtype, 2)
+        kv_a[..., : self.before] = float("nan")
         gains = 1 + 0.3 * random_array((self.latent,), mx.float32, 3)
         wavelengths = 100.0 ** (mx.arange(self.rope // 2) / (self.rope // 2))
         cache = random_array((1, self.context + self.room, width), self.dtype, 4)
@@ -612,7 +624,7 @@ class Mla(Case):
     @cached_property
     def exact(self) -> list[Exact]:
         q_latent, q, kv_a, norm, wavelengths, cache, _ = self.inputs
-        rows, new = float64(cache)[:, : self.context], float64(kv_a)[0]
+        rows, new = float64(cache)[:, : self.context], float64(kv_a)[0, :, self.before :]
         at = self.context - self.tokens + np.arange(self.tokens)
         angles = (at[:, None].astype(np.float32) * (1 / np.array(wavelengths))).astype(np.float64)  # RoPE's float32
         latent = new[:, : self.latent]

@@ -106,7 +106,7 @@ SHAPES: list[tuple[Case, dict[str, int]]] = [
     ),
     (
         Mla(9, 200),
-        {"SHORT": 0, "HEADS_AT_ONCE": 8, "SIMDGROUPS": 5, "ROWS_AT_ONCE": 1, "MERGE_SIMDGROUPS": 2},
+        {"HEADS_AT_ONCE": 8, "SIMDGROUPS": 5, "ROWS_AT_ONCE": 1, "MERGE_SIMDGROUPS": 2},
     ),
 ]
 
@@ -186,7 +186,7 @@ def test_too_many_matrices_are_refused_by_name() -> None:
 
 
 X, W, EXPERTS = mx.zeros((2, 64)), random_weight("Q4_0", (16, 64), 0), random_weight("Q4_0", (4, 16, 64), 0)
-IDS, HIDDEN, WEIGHTS = mx.array([[0, 1], [2, 3]], mx.uint32), mx.zeros((2, 2, 64)), mx.ones((2, 2))
+CHOICE, HIDDEN = mx.zeros((2, 2, 2), mx.uint32), mx.zeros((2, 2 * 64))
 
 
 MLA = Mla(4, 40, room=0)
@@ -199,13 +199,12 @@ def gate_up(bias: mx.array | None = None, top_k: int = 4, **change: Any) -> Sequ
 
 
 def down(**change: Any) -> Sequence[mx.array | None]:
-    given = {"hidden": HIDDEN, "shared_hidden": None, "down": EXPERTS, "shared_down": None, "experts": IDS}
-    return [experts_down(**{**given, "weights": WEIGHTS, "residual": None, **change})]
+    given = {"hidden": HIDDEN, "choice": CHOICE, "down": EXPERTS, "shared_down": None, "residual": None}
+    return [experts_down(**{**given, **change})]
 
 
 MISFITS: dict[str, Callable[[], Sequence[mx.array | None]]] = {
     "qmv: x of integers": lambda: [qmv(X.astype(mx.int32), W)],
-    "qmv: x too wide": lambda: [qmv(mx.zeros((2, 96)), W)],
     "qmv: x too narrow": lambda: [qmv(mx.zeros((2, 32)), W)],
     "qmv: matrices of two widths": lambda: qmv_all(X, [W, random_weight("Q4_0", (16, 32), 0)]),
     "experts_gate_up: x of integers": lambda: gate_up(x=X.astype(mx.int32)),
@@ -218,11 +217,14 @@ MISFITS: dict[str, Callable[[], Sequence[mx.array | None]]] = {
         shared_gate=random_weight("Q4_0", (16, 32), 0), shared_up=random_weight("Q4_0", (16, 32), 0)
     ),
     "experts_down: hidden of integers": lambda: down(hidden=HIDDEN.astype(mx.int32)),
-    "experts_down: hidden too wide": lambda: down(hidden=mx.zeros((2, 2, 96))),
-    "experts_down: hidden of more experts": lambda: down(hidden=mx.zeros((2, 3, 64))),
-    "experts_down: fewer weights than experts": lambda: down(weights=WEIGHTS[:, :1]),
+    "experts_down: hidden too wide": lambda: down(hidden=mx.zeros((2, 2 * 96))),
+    "experts_down: hidden of more experts": lambda: down(hidden=mx.zeros((2, 3 * 64))),
+    "experts_down: a choice for fewer tokens": lambda: down(choice=CHOICE[:1]),
+    "experts_down: a choice without weights": lambda: down(choice=CHOICE[:, :1]),
     "experts_down: residual too narrow": lambda: down(residual=mx.zeros((2, 8))),
-    "experts_down: shared rows differ": lambda: down(shared_hidden=X, shared_down=random_weight("Q4_0", (17, 64), 0)),
+    "experts_down: shared rows differ": lambda: down(
+        hidden=mx.zeros((2, 3 * 64)), shared_down=random_weight("Q4_0", (17, 64), 0)
+    ),
     "experts_gate_up: more experts than there are": lambda: gate_up(top_k=9),
     "experts_gate_up: bias too short": lambda: gate_up(bias=mx.zeros((7,))),
     "embed: tokens of another type": lambda: [embed(W, mx.zeros((1, 2), mx.uint32), mx.float32)],

@@ -14,7 +14,6 @@ from kernels.mla_decode import (
     MERGE_SIMDGROUPS,
     ROWS_AT_ONCE,
     ROWS_OF_SPLIT,
-    SHORT,
     SIMDGROUPS,
     mla_decode,
 )
@@ -31,14 +30,16 @@ WIDTHS = ((64, 16), (96, 32), (128, 64), (72, 10), (512, 64))
 CASES = [
     Mla(HEADS[i % 4], context, *WIDTHS[i % 5], tokens=min(context, 1 + (3 * i) % 8), dtype=DTYPES[i % 3], room=room)
     for i, context in enumerate(CONTEXTS)
-    for room in (3, SHORT)[i % 2 :]
+    for room in (3, 2048)[i % 2 :]
 ]
 # Splits are as many as the whole cache wants: most have no row yet.
 MOSTLY_EMPTY = [
     Mla(5, 2, room=MAX_SPLITS * ROWS_OF_SPLIT),
     Mla(3, 70, 96, 32, tokens=3, room=1000, dtype=mx.bfloat16),
     Mla(4, MAX_SPLITS + 1, room=MAX_SPLITS * ROWS_OF_SPLIT, tokens=2),
-    Mla(4, 5, MAX_LATENT, room=SHORT),  # fewer heads at a time, for the sake of threadgroup memory
+    Mla(4, 40, before=24, tokens=2),
+    Mla(20, 70, 512, 64, before=768, dtype=mx.bfloat16),
+    Mla(4, 5, MAX_LATENT, room=2048),  # fewer heads at a time, for the sake of threadgroup memory
 ]
 # v_b of every type, with rows on both sides of a threadgroup's, and in latents that leave lanes without work.
 BLOCK = MERGE_ROWS * MERGE_SIMDGROUPS

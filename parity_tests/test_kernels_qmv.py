@@ -8,7 +8,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from glm_mlx.make_tiny import random_blocks
 from glm_mlx.packing import pack
 from kernels.planes import GROUP, QUANT_TYPES, SUPER, Weight
-from kernels.qmv import ROWS, SIMDGROUPS, qmv, qmv_all
+from kernels.qmv import ROWS, SIMDGROUPS, Norm, qmv, qmv_all, qmv_beside
 from parity_tests.budgets import BUDGETS, record
 from parity_tests.kernel_cases import (
     DTYPES,
@@ -152,6 +152,18 @@ def test_keeps_the_leading_dimensions_of_x() -> None:
     assert (y.shape, one.shape) == ((2, 3, 24), (24,))
     assert bits(y.reshape(6, 24)) == bits(flat)
     assert bits(y[1, 2]) == bits(one)
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_results_side_by_side_are_the_same_and_the_next_matrix_reads_the_first_columns(tokens: int) -> None:
+    a, b, c = (random_weight("Q4_0", shape, i) for i, shape in enumerate(((64, 96), (24, 96), (16, 64))))
+    norm = Norm(mx.full((96,), 1.5), 1e-5)
+    x = mx.array(np.random.default_rng(0).standard_normal((tokens, 96)).astype(np.float32))
+    apart = run(lambda: qmv_all(x, [a, b], norm))
+    (beside,) = run(lambda: [qmv_beside(x, [a, b], norm)])
+    assert bits(beside) == bits(mx.concatenate(apart, axis=-1))
+    (first,) = run(lambda: [qmv(beside, c)])
+    assert bits(first) == bits(run(lambda: [qmv(apart[0], c)])[0])
 
 
 def test_reads_x_that_is_not_contiguous() -> None:

@@ -8,7 +8,7 @@ from kernels import mla_decode
 from kernels.experts_down import experts_down_ops
 from kernels.experts_gate_up import experts_gate_up_ops
 from kernels.mla_decode import attend_ops, rope_ops
-from kernels.route import Gating, Router
+from kernels.route import Gating, Router, experts_of
 from parity_tests.budgets import check
 from parity_tests.test_quants import weight
 
@@ -203,8 +203,7 @@ def test_experts_agree_with_float64(tokens: int, shared: bool) -> None:
             want[t] += parts[2][1] @ swiglu(parts[0][1] @ x[t], parts[1][1] @ x[t])
     w_gate, w_up, w_down = (part[0] if shared else None for part in parts)
     router = Router(None, 3, "sigmoid", True, 1.0)
-    hidden, shared_hidden, chosen, _ = experts_gate_up_ops(
-        mx.array(x), mx.array(logits), router, gate, up, w_gate, w_up
-    )
-    got = experts_down_ops(hidden, shared_hidden, down, w_down, chosen, mx.array(weights), None)
+    hidden, choice = experts_gate_up_ops(mx.array(x), mx.array(logits), router, gate, up, w_gate, w_up)
+    choice = mx.stack([experts_of(choice), mx.array(weights).view(mx.uint32)], axis=-2)
+    got = experts_down_ops(hidden, choice, down, w_down, None)
     check("matmul", np.array(got), want, "experts")
