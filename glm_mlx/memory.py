@@ -20,15 +20,15 @@ from kernels.mla_decode import QUERIES, block_rows
 LEAST_CONTEXT = 512  # tokens; a machine that has no room for more is too small for the model
 MOST_KEPT = 256 << 20  # bytes of freed buffers that MLX may always keep for the next operation
 # Bytes beside each value of a weight while it multiplies a prompt: scales and biases in float32 for groups of 32, for
-# Q6_K twice for groups of 16, and all values in float32 for types that MLX's affine form cannot hold. Those of K-quants
-# and IQ4_NL are what was measured, with what stands on the way there.
+# Q6_K twice for groups of 16, and all values in float32 for types that MLX's affine form cannot hold. K-quants, IQ4_NL
+# and types of 16 bits are as measured, with what stands on the way there, or still stands in the layer before.
 BESIDE = dict.fromkeys(("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"), 0.28) | {
     "Q4_K": 0.45,
     "Q5_K": 0.45,
     "Q6_K": 0.8,
     "IQ4_NL": 6.7,
-    "F16": 4.2,
-    "BF16": 4.2,
+    "F16": 5.0,
+    "BF16": 5.0,
 }
 
 

@@ -19,6 +19,7 @@ from glm_mlx.gguf import GGUFFile, TensorInfo, shown
 from glm_mlx.memory import Tensor
 from glm_mlx.packing import pack
 from kernels.planes import QUANT_TYPES, QuantizedTensor, Weight, dequantize_ops
+from kernels.qmv import with_affine
 
 RELEASE_BYTES = 1 << 23  # pages of the file are given back, and progress is told, every 8 MB
 DENSE_TYPES = ("F32", "F16", "BF16")
@@ -185,12 +186,13 @@ def load(
         return weight
 
     weights: dict[str, Weight] = {}
+    on_cpu = mx.default_device() == mx.Device(mx.cpu)
     pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="load")
     try:
         for (expected, _), weight in zip(pairs, pool.map(read, pairs), strict=True):
             for name, part in _split(expected.name, weight, cfg):
                 _evaluate(part)  # a lazy part would keep the whole alive
-                weights[name] = part
+                weights[name] = with_affine(part) if on_cpu else part  # kernels read planes
     finally:
         pool.shutdown(cancel_futures=True)  # at Ctrl-C: only the tensors in hand are finished
     return weights

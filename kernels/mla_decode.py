@@ -30,9 +30,11 @@ cache must be refused by the caller, before.
 
 import math
 from functools import cache as memoised
+from functools import lru_cache
 from typing import NamedTuple
 
 import mlx.core as mx
+import numpy as np
 
 from kernels import launcher
 from kernels.planes import Weight
@@ -55,7 +57,18 @@ LEAST = mx.finfo(mx.float32).min  # score of a row that is not seen; of infiniti
 
 def rope_ops(x: mx.array, wavelengths: mx.array, position: int | mx.array) -> mx.array:
     """Rotate pairs (2i, 2i + 1) of (B, heads, L, P); `position` is that of the first row."""
+    if x.dtype == mx.float32 and isinstance(position, int):
+        # Without a kernel `mx.fast.rope` is 30 operations, among them sines and cosines in every layer anew.
+        return (x.view(mx.complex64) * _turns(wavelengths, position, x.shape[2])).view(mx.float32)
     return mx.fast.rope(x, x.shape[-1], traditional=True, base=None, scale=1.0, offset=position, freqs=wavelengths)
+
+
+@lru_cache(maxsize=4)  # all layers want the same
+def _turns(wavelengths: mx.array, position: int, length: int) -> mx.array:
+    """What pairs, as complex numbers, are multiplied by: (L, P / 2) complex64. By numpy, for MLX would compute it only
+    when the step before is done."""
+    angles = np.arange(position, position + length, dtype=np.float32)[:, None] * (1 / np.asarray(wavelengths))
+    return mx.array(np.exp(1j * angles))
 
 
 def attend_ops(

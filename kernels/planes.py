@@ -53,6 +53,10 @@ QUANT_TYPES = {
 }
 
 
+# Scales and biases of an affine matmul of MLX over the quants, (..., rows, cols / 32) float32.
+Affine: TypeAlias = tuple[mx.array, mx.array]
+
+
 @dataclass(frozen=True)
 class QuantizedTensor:
     """A weight (..., rows, cols): contraction over `cols`. Indexing works on the leading dimensions."""
@@ -65,6 +69,7 @@ class QuantizedTensor:
     sub_scales: mx.array | None = None  # (..., rows, cols / 256 * 12) uint8, or (..., rows, cols / 16) int8 for Q6_K
     bundle: mx.array | None = None  # (words,) uint32 that hold these planes and those of other weights: see `bundled`
     begins: tuple[int, ...] = ()  # where in it each plane begins, in words
+    affine: tuple[Affine, ...] = ()  # where it is kept: see `kernels.qmv.with_affine`
 
     @property
     def planes(self) -> tuple[mx.array, ...]:
@@ -158,6 +163,8 @@ def unpack_quants(w: QuantizedTensor) -> mx.array:
     stream = w.quants.view(mx.uint8)
     if bits == 8:
         return stream
+    if bits == 4:
+        return mx.flatten(mx.stack([stream & 0x0F, stream >> 4], axis=-1), -2)
     # 8 values fill `bits` bytes exactly; value i begins in byte i*bits//8 and may run into the next.
     groups = mx.unflatten(stream, -1, (-1, bits)).astype(mx.uint16)
     values = []

