@@ -89,8 +89,8 @@ class Rotation:
 
     def read_bytes(self, part: str, depth: int) -> int:
         """What a step reads, with so many rows in the cache before its own."""
-        cfg, dtype = self.subject.config, self.subject.model.dtype
-        fixed, per_row = decode_bytes(cfg, self.part_weights(part), dtype)
+        subject = self.subject
+        fixed, per_row = decode_bytes(subject.config, self.part_weights(part), subject.model.row_format)
         return fixed + (per_row * (depth + 1) if "self_attn" in PARTS[part] else 0)
 
 

@@ -101,7 +101,7 @@ def record(model: Model, weights: Mapping[str, Weight], depth: int) -> list[Call
     """
     cfg, found = model.cfg, list[Call]()
     # Arrays of their own, as launches count what they read by array.
-    rows = [mx.zeros((1, _allocated(depth), cfg.cache_dim), model.dtype) for _ in range(cfg.num_layers)]
+    rows = [model.row_format.zeros(1, _allocated(depth)) for _ in range(cfg.num_layers)]
     cache = TracedCache(rows, mx.array([depth], mx.int32))
     with launcher.recording() as seen:
 
@@ -219,8 +219,8 @@ def _read_bytes(model: Model, used: Mapping[str, Weight], op: str, depth: int) -
     cfg = model.cfg
     if op == "embed":
         return sum(w.nbytes for w in used.values()) // cfg.vocab_size
-    rows = (depth + 1) * cfg.cache_dim * model.dtype.size if op in OF_CACHE else 0
-    return decode_bytes(cfg, used, model.dtype)[0] + rows
+    rows = (depth + 1) * model.row_format.nbytes if op in OF_CACHE else 0
+    return decode_bytes(cfg, used, model.row_format)[0] + rows
 
 
 def _allocated(depth: int) -> int:

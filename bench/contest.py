@@ -72,7 +72,7 @@ class Ours:
 
     def __init__(self, model: Model, weights: dict[str, Weight]):
         self.model = model
-        fixed, per_row = decode_bytes(model.cfg, weights, model.dtype)
+        fixed, per_row = decode_bytes(model.cfg, weights, model.row_format)
         self.details: dict[str, Any] = {"bytes_a_token": {"weights": fixed, "each_row_of_the_cache": per_row}}
         self.notes: list[str] = []
 

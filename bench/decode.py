@@ -182,7 +182,7 @@ def agreement(runs: Sequence[Run]) -> Iterator[str]:
 
 def _rows(subject: Subject, runs: Sequence[Run], copy_gb_s: float) -> Iterator[dict[str, Any]]:
     """A row for each depth and path, over all its runs."""
-    fixed, per_row = decode_bytes(subject.config, subject.weights, subject.model.dtype)
+    fixed, per_row = decode_bytes(subject.config, subject.weights, subject.model.row_format)
     for depth, path in sorted({(run.depth, run.path) for run in runs}):
         group = [run for run in runs if (run.depth, run.path) == (depth, path)]
         seconds = [s for run in group for s in run.decode]
@@ -216,7 +216,7 @@ def _print(
     rows: Sequence[dict[str, Any]],
     notes: Sequence[str],
 ) -> None:
-    fixed, per_row = decode_bytes(subject.config, subject.weights, subject.model.dtype)
+    fixed, per_row = decode_bytes(subject.config, subject.weights, subject.model.row_format)
     lines = [
         subject.describe(),
         *conditions_found,

@@ -24,7 +24,7 @@ from rich.filesize import decimal
 from bench import contest, script, synthetic
 from bench.contest import WARM_UP, Turn, UnavailableError
 from bench.subject import Subject
-from glm_mlx.cache import LatentCache
+from glm_mlx.cache import LatentCache, row_format
 from glm_mlx.config import Config
 from glm_mlx.model import Model, decode_bytes
 from kernels import launcher
@@ -172,7 +172,7 @@ def import_models() -> tuple[Any, Callable[[Any], list[Any]], str]:
 
 def fill_cache(caches: list[Any], cfg: Config, dtype: mx.Dtype, count: int) -> None:
     """The random rows of `synthetic.fill_cache`, cut into mlx-lm's keys (the latent) and values (k_pe)."""
-    ours = LatentCache(cfg.num_layers, cfg.cache_dim, dtype)
+    ours = LatentCache(cfg.num_layers, row_format(cfg, dtype))
     synthetic.fill_cache(ours, count)
     for layer, theirs in enumerate(caches):
         rows = ours.rows[layer]
@@ -205,7 +205,7 @@ class MlxLm:
                 f"its scales and biases need {decimal(more)} more memory than ours, {decimal(max(subject.room, 0))} "
                 "are left; take fewer --layers"
             )
-        fixed, per_row = decode_bytes(self.cfg, cast("Mapping[str, Weight]", held), self.dtype)
+        fixed, per_row = decode_bytes(self.cfg, cast("Mapping[str, Weight]", held), row_format(self.cfg, self.dtype))
         self.details: dict[str, Any] = {
             "version": release,
             "activations": script.dtype_name(self.dtype),

@@ -44,10 +44,15 @@ class Subject:
     def nbytes(self) -> int:
         return sum(weight.nbytes for weight in self.weights.values())
 
+    @property
+    def cache_type(self) -> str:
+        rows = self.model.row_format
+        return "8-bit" if rows.is_packed else script.dtype_name(rows.dtype)
+
     def describe(self) -> str:
         return (
             f"{shown(self.name)}: {self.config.num_layers} layers, {decimal(self.nbytes)} of weights ({self.mix}), "
-            f"activations {script.dtype_name(self.model.dtype)}"
+            f"activations {script.dtype_name(self.model.dtype)}, cache {self.cache_type}"
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -58,6 +63,7 @@ class Subject:
             "layers": self.config.num_layers,
             "bytes_by_type": {kind: nbytes for kind, (_, nbytes) in synthetic.by_type(self.weights).items()},
             "activations": script.dtype_name(self.model.dtype),
+            "cache": self.cache_type,
         }
 
 
@@ -73,6 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--mix", choices=synthetic.MIXES, default="q4_0",
         help=f"the file whose types random weights have: {', '.join(synthetic.MIXES)} (default q4_0)",
     )  # fmt: skip
+    parser.add_argument("--kv-bits", type=int, choices=(8, 16), default=16, help="of the cache's values (default 16)")
 
 
 def add_paths(parser: argparse.ArgumentParser) -> None:
@@ -94,7 +101,7 @@ def usable_depths(
 ) -> tuple[list[int], list[str]]:
     """The depths to measure, and why others are left out. Raises InputError for a given one that can't be."""
     cfg = subject.config
-    per_row = cfg.num_layers * cfg.cache_dim * subject.model.dtype.size
+    per_row = cfg.num_layers * subject.model.row_format.nbytes
     by_context = cfg.context_length - tokens
     by_memory = int(subject.room / 1.1 / per_row) - tokens
     wanted = sorted(set(given or usual))
@@ -118,13 +125,13 @@ def open_subject(args: argparse.Namespace) -> Subject:
     layers = args.layers or args.synthetic
     if layers and args.model is None:
         with script.NOTES.status("making weights"):
-            made = synthetic.make_model(synthetic.config(layers), args.mix)
+            made = synthetic.make_model(synthetic.config(layers), args.mix, kv_bits=args.kv_bits)
         name, mix, header = made.config.name, args.mix, None
         config, weights, model = made.config, made.weights, made.model
     elif layers:
         raise InputError("--layers takes layers of a synthetic model, not of --model; leave one out")
     else:
-        loaded = load_model(SMALL_MODEL if args.model is None else resolve(args.model))
+        loaded = load_model(SMALL_MODEL if args.model is None else resolve(args.model), kv_bits=args.kv_bits)
         name, header = loaded.gguf.path.name, header_hash(loaded.gguf)
         mix = ", ".join(f"{n} {kind}" for kind, n in loaded.quant_mix.items())
         config, weights, model = loaded.config, loaded.weights, loaded.model

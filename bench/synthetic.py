@@ -15,7 +15,7 @@ from typing import Any, cast
 import mlx.core as mx
 from gguf.constants import GGMLQuantizationType
 
-from glm_mlx.cache import LatentCache
+from glm_mlx.cache import KvBits, LatentCache
 from glm_mlx.config import Config
 from glm_mlx.errors import InputError
 from glm_mlx.gguf import GGUFFile
@@ -219,12 +219,14 @@ class Synthetic:
     model: Model
 
 
-def make_model(cfg: Config, mix: str = "q4_0", seed: int = 0, dtype: mx.Dtype | None = None) -> Synthetic:
+def make_model(
+    cfg: Config, mix: str = "q4_0", seed: int = 0, dtype: mx.Dtype | None = None, kv_bits: KvBits = 16
+) -> Synthetic:
     """A model of this shape, from `config`, and the mix of this name. Raises InputError for an unknown one."""
     if mix not in MIXES:
         raise InputError(f"there is no mix {mix}; take one of {', '.join(MIXES)}")
     weights = make_weights(cfg, MIXES[mix], seed)
-    return Synthetic(cfg, weights, Model(cfg, weights, dtype or activation_dtype()))
+    return Synthetic(cfg, weights, Model(cfg, weights, dtype or activation_dtype(), kv_bits))
 
 
 def fill_cache(cache: LatentCache, count: int, seed: int = 0) -> None:
@@ -232,7 +234,7 @@ def fill_cache(cache: LatentCache, count: int, seed: int = 0) -> None:
     if count < 1:
         return
     for layer in range(len(cache.rows)):
-        new = mx.random.normal((1, count, cache.width), key=mx.random.key(seed << 16 | layer)).astype(cache.dtype)
+        new = mx.random.normal((1, count, cache.format.values), key=mx.random.key(seed << 16 | layer))
         mx.eval(cache.update(layer, new))
     cache.advance(count)
 

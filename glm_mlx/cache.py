@@ -2,12 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 import mlx.core as mx
 
+from glm_mlx.config import Config
 from glm_mlx.errors import InputError
+from kernels.rows import GROUP, RowFormat
 
 STEP = 256  # rows: the arrays' sizes are multiples of it
+KvBits: TypeAlias = Literal[8, 16]  # 16: the type of the activations, which on a CPU has 32
 
 
 def whole_steps(rows: int) -> int:
@@ -15,17 +19,27 @@ def whole_steps(rows: int) -> int:
     return -(-rows // STEP) * STEP
 
 
-class LatentCache:
-    """`rows[i]` is layer i's array (B, allocated, kv_lora_rank + qk_rope_head_dim); the first `offset` rows are valid.
+def row_format(cfg: Config, dtype: mx.Dtype, kv_bits: KvBits = 16) -> RowFormat:
+    """Of a model with activations of `dtype`. Raises InputError where 8 bits cannot hold its latents."""
+    if kv_bits == 8 and cfg.kv_lora_rank % GROUP:
+        raise InputError(
+            f"8 bits hold latents of a multiple of {GROUP} values, this model's have {cfg.kv_lora_rank}; "
+            "leave --kv-bits out"
+        )
+    return RowFormat(cfg.kv_lora_rank, cfg.qk_rope_head_dim, mx.uint8 if kv_bits == 8 else dtype)
 
-    54,144 bytes a token for GLM-4.7-Flash in 16 bits. The arrays grow by an eighth at least: over a long answer eight
-    rows are copied for each new one, where a token reads them all anyway. They never hold more than `limit` rows, and
-    while they grow one layer stands in memory twice.
+
+class LatentCache:
+    """`rows[i]` is layer i's array (B, allocated, width of the format); the first `offset` rows are valid.
+
+    54,144 bytes a token for GLM-4.7-Flash in 16 bits, 31,584 in 8. The arrays grow by an eighth at least: over a long
+    answer eight rows are copied for each new one, where a token reads them all anyway. They never hold more than
+    `limit` rows, and while they grow one layer stands in memory twice.
     """
 
-    def __init__(self, num_layers: int, width: int, dtype: mx.Dtype, limit: int | None = None):
+    def __init__(self, num_layers: int, row_format: RowFormat, limit: int | None = None):
         self.rows: list[mx.array | None] = [None] * num_layers
-        self.width, self.dtype, self.limit = width, dtype, limit
+        self.format, self.limit = row_format, limit
         self.offset = 0
         self._expected = 0
 
@@ -34,13 +48,13 @@ class LatentCache:
         self._expected = rows
 
     def update(self, layer: int, new: mx.array) -> mx.array:
-        """Store `new` (B, L, width) behind the valid rows of a layer and return them all: (B, offset + L, width).
+        """Store `new` (B, L, R + P) behind the valid rows of a layer; all as they are stored: (B, offset + L, width).
 
         `offset` moves only with `advance`, when every layer has its rows. Raises InputError past `limit`.
         """
         end = self.offset + new.shape[1]
         rows = self._with_room(layer, new.shape[0], end)
-        rows[:, self.offset : end] = new.astype(self.dtype)  # in place: nobody else holds the array
+        rows[:, self.offset : end] = self.format.store(new)  # in place: nobody else holds the array
         return rows[:, :end]
 
     def advance(self, length: int) -> None:
@@ -70,7 +84,7 @@ class LatentCache:
             return old
         size = max(end, self._expected, allocated + allocated // 8)
         size = whole_steps(size if self.limit is None else min(size, self.limit))
-        rows = mx.zeros((batch, size - allocated, self.width), self.dtype)
+        rows = self.format.zeros(batch, size - allocated)
         if old is not None:
             # MLX does not know of what a kernel wrote in place, and copies only what is there.
             mx.synchronize()

@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from glm_mlx.cache import KvBits
 from glm_mlx.compositions import COMPOSITIONS, NARROW, WIDTHS
 from glm_mlx.config import Config
 from glm_mlx.engine import PREFILL_CHUNK
@@ -44,7 +45,11 @@ NAMED = 8  # variants that do not work, in the paragraph; --json has them all
 def run(args: argparse.Namespace) -> int:
     if args.json is not None:
         _check_writable(args.json)
-    memory = glm_flash_memory(args.context) if args.model is None else open_model(args.model, None, args.context).memory
+    memory = (
+        glm_flash_memory(args.context, args.kv_bits)
+        if args.model is None
+        else open_model(args.model, None, args.context, args.kv_bits).memory
+    )
     on_gpu = any(launcher.back_end(op) is not None for op in launcher.OPS)
     found = _check_all(on_gpu, timed=not args.compile_only)
     conditions = {**machine(), "glm-mlx": _own_version(), "python": platform.python_version()}
@@ -72,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     return 1 if any(result.error for result in found.values()) else 0
 
 
-def glm_flash_memory(context: int | None) -> MemoryPlan:
+def glm_flash_memory(context: int | None, kv_bits: KvBits = 16) -> MemoryPlan:
     """What GLM-4.7-Flash in Q4_0, the head in Q6_K, takes on this machine. No file is needed for that."""
     spec = replace(GLM_FLASH, layers=LAYERS, **COMPOSITIONS[0].changes)
     keys: dict[str, Any] = {f"deepseek2.{key}": value for key, value in metadata(spec).items()}
@@ -80,7 +85,7 @@ def glm_flash_memory(context: int | None) -> MemoryPlan:
     shapes = list(tensor_shapes(spec, VOCABULARY))
     tensors = [Tensor(name, GGMLQuantizationType[type_of(spec, name, shape)], shape) for name, shape in shapes]
     cfg = Config.from_metadata(keys, [tensor.name for tensor in tensors])
-    return plan_memory(cfg, tensors, activation_dtype(), PREFILL_CHUNK, context)
+    return plan_memory(cfg, tensors, activation_dtype(), PREFILL_CHUNK, context, kv_bits)
 
 
 def _check_writable(path: Path) -> None:

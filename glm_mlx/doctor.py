@@ -33,6 +33,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--context", type=context, metavar="N|auto", help="with so many tokens (default auto: as many as fit)"
     )
+    parser.add_argument(
+        "--kv-bits", type=int, choices=(8, 16), default=16, help="of its cache's values (default 16, on a CPU 32)"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what the table shows, and every error in full")
     parser.add_argument(
         "--compile-only",

@@ -51,6 +51,13 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N|auto",
         help="at most N tokens of prompts and answers together (default auto: as many as memory and model allow)",
     )
+    text.add_argument(
+        "--kv-bits",
+        type=int,
+        choices=(8, 16),
+        default=16,
+        help="of the cache's values (default 16, on a CPU 32); 8 take a little over half of the memory of 16",
+    )
     text.add_argument("--count", "-n", type=int, default=2048, metavar="N", help="at most N tokens (default 2048)")
 
     sampling = parser.add_argument_group("sampling (defaults: the file's own, else temperature 1.0, top-p 0.95)")

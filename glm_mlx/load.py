@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from glm_mlx import weights
+from glm_mlx.cache import KvBits
 from glm_mlx.config import Config
 from glm_mlx.engine import PREFILL_CHUNK
 from glm_mlx.gguf import GGUFFile, TensorInfo, shown
@@ -29,6 +30,7 @@ class Opened:
     tokenizer: Tokenizer
     tensors: list[tuple[weights.Expected, TensorInfo]]
     dtype: mx.Dtype
+    kv_bits: KvBits
     memory: MemoryPlan
     seconds: float
 
@@ -50,7 +52,7 @@ class Opened:
             self.config,
             self.tokenizer,
             arrays,
-            Model(self.config, arrays, self.dtype),
+            Model(self.config, arrays, self.dtype, self.kv_bits),
             self.memory,
             weights.quant_mix(self.tensors),
             weights.expanded_types(self.tensors),
@@ -75,7 +77,9 @@ class Loaded:
     seconds: float
 
 
-def open_model(path: str | Path, dtype: mx.Dtype | None = None, context: int | None = None) -> Opened:
+def open_model(
+    path: str | Path, dtype: mx.Dtype | None = None, context: int | None = None, kv_bits: KvBits = 16
+) -> Opened:
     """Read a file's header, and plan memory for a context of so many tokens, by default of as many as fit.
 
     Everything that can be wrong with the file is found here, before its data are read. Raises InputError.
@@ -86,10 +90,12 @@ def open_model(path: str | Path, dtype: mx.Dtype | None = None, context: int | N
     tensors = weights.plan(gguf, cfg)
     tokenizer = Tokenizer(gguf.metadata)
     dtype = dtype or activation_dtype()
-    memory = plan_memory(cfg, weights.tensors_of(tensors), dtype, PREFILL_CHUNK, context)
-    return Opened(gguf, cfg, tokenizer, tensors, dtype, memory, time.perf_counter() - start)
+    memory = plan_memory(cfg, weights.tensors_of(tensors), dtype, PREFILL_CHUNK, context, kv_bits)
+    return Opened(gguf, cfg, tokenizer, tensors, dtype, kv_bits, memory, time.perf_counter() - start)
 
 
-def load_model(path: str | Path, dtype: mx.Dtype | None = None, context: int | None = None) -> Loaded:
+def load_model(
+    path: str | Path, dtype: mx.Dtype | None = None, context: int | None = None, kv_bits: KvBits = 16
+) -> Loaded:
     """`open_model` and `load` in one."""
-    return open_model(path, dtype, context).load()
+    return open_model(path, dtype, context, kv_bits).load()

@@ -11,11 +11,12 @@ from gguf.constants import GGMLQuantizationType
 from rich.filesize import decimal
 from rich.table import Table
 
-from glm_mlx.cache import whole_steps
+from glm_mlx.cache import KvBits, row_format, whole_steps
 from glm_mlx.config import Config
 from glm_mlx.errors import InputError
 from glm_mlx.packing import packed_nbytes
 from kernels.mla_decode import QUERIES, block_rows
+from kernels.rows import RowFormat
 
 LEAST_CONTEXT = 512  # tokens; a machine that has no room for more is too small for the model
 MOST_KEPT = 256 << 20  # bytes of freed buffers that MLX may always keep for the next operation
@@ -114,12 +115,17 @@ class MemoryPlan:
 
 
 def plan_memory(
-    cfg: Config, tensors: Iterable[Tensor], dtype: mx.Dtype, chunk: int, context: int | None = None
+    cfg: Config,
+    tensors: Iterable[Tensor],
+    dtype: mx.Dtype,
+    chunk: int,
+    context: int | None = None,
+    kv_bits: KvBits = 16,
 ) -> MemoryPlan:
     """For activations of `dtype` and prompts in chunks of so many tokens. Whether it fits is for `check` to say.
 
     context None: the largest that fits this machine and the model, or LEAST_CONTEXT if that does not fit. Raises
-    InputError for a context that the model was not made for.
+    InputError for a context that the model was not made for, and for rows that 8 bits cannot hold.
     """
     if context is not None and not 1 <= context <= cfg.context_length:
         raise InputError(f"context is {context}; it must be 1 to {cfg.context_length:,}, which the model was made for")
@@ -127,10 +133,11 @@ def plan_memory(
     weights = sum(_held_nbytes(cfg, tensor) for tensor in tensors)
     beside = _beside_weights(tensors)
     available, source = machine_memory()
+    rows = row_format(cfg, dtype, kv_bits)
 
     def plan(tokens: int, largest: int = 0) -> MemoryPlan:
-        cache = cfg.num_layers * whole_steps(tokens) * cfg.cache_dim * dtype.size
-        scratch = _scratch_nbytes(cfg, beside, dtype, chunk, tokens)
+        cache = cfg.num_layers * whole_steps(tokens) * rows.nbytes
+        scratch = _scratch_nbytes(cfg, beside, dtype, rows, chunk, tokens)
         return MemoryPlan(tokens, weights, cache, scratch, min(scratch, MOST_KEPT), available, source, largest)
 
     largest = _last(lambda tokens: plan(tokens).fits, cfg.context_length)
@@ -173,7 +180,7 @@ def _beside_weights(tensors: Iterable[Tensor]) -> int:
     return int(max(sums.values(), default=0))
 
 
-def _scratch_nbytes(cfg: Config, beside: int, dtype: mx.Dtype, chunk: int, context: int) -> int:
+def _scratch_nbytes(cfg: Config, beside: int, dtype: mx.Dtype, rows: RowFormat, chunk: int, context: int) -> int:
     """The most that is alive at once, beside weights and cache, while the last chunk of a prompt is computed.
 
     Attention: the scores of a layer, H * L * S, in float32 and twice (masked and not), the cached rows in float32, and
@@ -190,13 +197,15 @@ def _scratch_nbytes(cfg: Config, beside: int, dtype: mx.Dtype, chunk: int, conte
     number = 4 if dtype == mx.float32 else 7  # values in 16 bits have a copy in float32 beside them, for a while
     heads, row, hidden = cfg.num_heads, cfg.cache_dim, cfg.hidden_size
     queries = heads * min(tokens, QUERIES)
-    block = block_rows(queries)
-    scores, results = (2, 0) if context <= block else (9, 10)
-    attention = 4 * (scores * queries + 2 * row) * min(context, block) + 4 * results * queries * row
+    block = block_rows(queries, rows.is_packed)
+    scores, results, copies = (2, 0, 2) if context <= block else (9, 10, 2)
+    if rows.is_packed:
+        copies = 3 if context <= block else 9
+    attention = 4 * (scores * queries + copies * row) * min(context, block) + 4 * results * queries * row
     attention += number * tokens * heads * 2 * row
     experts = cfg.num_experts_per_tok * 5 * (cfg.moe_intermediate_size + hidden)
     feed_forward = beside + number * tokens * max(5 * cfg.intermediate_size, experts)
-    return max(attention + feed_forward, context * row * dtype.size)
+    return max(attention + feed_forward, context * rows.nbytes)
 
 
 def machine_memory() -> tuple[int, str]:

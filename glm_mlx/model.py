@@ -18,7 +18,7 @@ from typing import TypeAlias
 
 import mlx.core as mx
 
-from glm_mlx.cache import LatentCache, TracedCache
+from glm_mlx.cache import KvBits, LatentCache, TracedCache, row_format
 from glm_mlx.config import Config
 from kernels.embed import embed
 from kernels.experts_down import experts_down
@@ -28,6 +28,7 @@ from kernels.planes import Weight, bundled
 from kernels.prefill import moe_prefill, takes
 from kernels.qmv import Norm, absorb, merge_heads, norm_qmv, qmv, qmv_all, qmv_beside
 from kernels.route import Router, experts_of, weights_of
+from kernels.rows import RowFormat
 
 Cache: TypeAlias = LatentCache | TracedCache
 Tap = Callable[[str, mx.array], None]  # sees named intermediate values; the parity tests' way in
@@ -143,6 +144,8 @@ class Attention:
     def _attend(self, q: mx.array, kv_a: mx.array, cache: LatentCache, tap: Tap) -> mx.array:
         """q (B, L, H * (N + P)), kv_a (B, L, R + P) -> (B, H, L, R)"""
         cfg = self.cfg
+        if cache.format.is_packed:
+            kv_a = kv_a.astype(mx.float32)  # rounded once, to 8 bits
         latent, k_pe = latent_rows_ops(kv_a, self.kv_a_layernorm, self.wavelengths, cache.offset)
         heads = q.reshape(*q.shape[:2], cfg.num_heads, cfg.qk_head_dim).swapaxes(1, 2)
         q_nope, q_pe = mx.split(heads, [cfg.qk_nope_head_dim], axis=-1)  # (B, H, L, N), (B, H, L, P)
@@ -153,7 +156,7 @@ class Attention:
         # q_nope . (k_b latent) = (k_b^T q_nope) . latent: the query moves into the latent space, so that one cached
         # row is key and value of every head.
         q_latent = absorb(q, self.k_b)
-        rows = cache.update(self.layer, mx.concatenate([latent, k_pe], axis=-1))  # (B, S, R + P)
+        rows = cache.update(self.layer, mx.concatenate([latent, k_pe], axis=-1))  # (B, S, row's width)
         return attend_ops(q_latent, q_pe, rows, cfg.softmax_scale)
 
 
@@ -229,15 +232,18 @@ class Model:
     On a GPU the weights of each launch move into one array, and `weights` then holds views of it.
     """
 
-    def __init__(self, cfg: Config, weights: MutableMapping[str, Weight], dtype: mx.Dtype):
+    def __init__(
+        self, cfg: Config, weights: MutableMapping[str, Weight], dtype: mx.Dtype, kv_bits: KvBits = 16
+    ):
         self.cfg, self.dtype = cfg, dtype
+        self.row_format = row_format(cfg, dtype, kv_bits)  # of its caches
         self.embed_tokens = weights["embed_tokens"]
         self.layers = [Block(cfg, Weights(weights, f"layers.{i}."), i) for i in range(cfg.num_layers)]
         self.norm = Weights(weights, "").norm("norm", cfg)
         self.lm_head = weights.get("lm_head", self.embed_tokens)
 
     def new_cache(self) -> LatentCache:
-        return LatentCache(self.cfg.num_layers, self.cfg.cache_dim, self.dtype)
+        return LatentCache(self.cfg.num_layers, self.row_format)
 
     def embed(self, tokens: mx.array) -> mx.array:
         """(B, L) -> (B, L, D)"""
@@ -272,7 +278,7 @@ def activation_dtype() -> mx.Dtype:
     return mx.float32 if mx.default_device() == mx.Device(mx.cpu) else mx.bfloat16
 
 
-def decode_bytes(cfg: Config, weights: Mapping[str, Weight], dtype: mx.Dtype) -> tuple[int, int]:
+def decode_bytes(cfg: Config, weights: Mapping[str, Weight], rows: RowFormat) -> tuple[int, int]:
     """What one decoded token reads: (bytes of weights, bytes more for each token in the context).
 
     Of the experts K of E are read, of the embedding one row; everything else whole.
@@ -285,4 +291,4 @@ def decode_bytes(cfg: Config, weights: Mapping[str, Weight], dtype: mx.Dtype) ->
             total += weight.nbytes // cfg.vocab_size
         else:
             total += weight.nbytes
-    return total, cfg.num_layers * cfg.cache_dim * dtype.size
+    return total, cfg.num_layers * rows.nbytes

@@ -15,7 +15,7 @@ def decode_cases(model: Model) -> list[Case]:
     """The calls of a decoded token, in a short and in a long context. Nothing is computed."""
     cfg, found = model.cfg, dict[object, Case]()
     for context in CONTEXTS:
-        rows = [mx.zeros((1, context, cfg.cache_dim), model.dtype)] * cfg.num_layers
+        rows = [model.row_format.zeros(1, context)] * cfg.num_layers
         with calls(model_module, model, tokens=1) as made:
             model.step(mx.zeros((1, 1), mx.int32), mx.array([context - 1], mx.int32), rows)
         found.update((case.signature, case) for case in made)

@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     """Raises InputError and KeyboardInterrupt, for `generate.main` to answer."""
     _check(args)
     prompt = None if args.chat else _prompt(args)
-    opened = open_model(_model_path(args), context=args.context)
+    opened = open_model(_model_path(args), context=args.context, kv_bits=args.kv_bits)
     if args.verbose:
         STDERR.print(opened.memory.table())
     with opened.memory.limits():
@@ -288,7 +288,7 @@ def _chat(talk: _Talk) -> int:
 def _describe(loaded: Loaded, params: SamplingParams) -> None:
     cfg = loaded.config
     mix = ", ".join(f"{n} {kind}" for kind, n in loaded.quant_mix.items())
-    fixed, per_row = decode_bytes(cfg, loaded.weights, loaded.model.dtype)
+    fixed, per_row = decode_bytes(cfg, loaded.weights, loaded.model.row_format)
     STDERR.print(
         f"model    {shown(cfg.name)}: {cfg.architecture}, {cfg.num_layers} layers, {cfg.num_experts} experts, "
         f"{cfg.num_experts_per_tok} used, context {cfg.context_length:,}\n"
@@ -318,7 +318,7 @@ def _figures(engine: Engine) -> None:
 
 def _benchmark_table(loaded: Loaded, answer: Answer) -> None:
     """Every token, the first ones too: what is warm-up and what is not can be seen."""
-    fixed, per_row = decode_bytes(loaded.config, loaded.weights, loaded.model.dtype)
+    fixed, per_row = decode_bytes(loaded.config, loaded.weights, loaded.model.row_format)
     table = Table("token", "ms", "tok/s", "GB/s", title="decode, token by token")
     for column in table.columns:
         column.justify = "right"

@@ -7,7 +7,8 @@ mla_decode(q_latent, q, kv_a, norm, wavelengths, cache, position, scale, v_b) ->
                                       columns the last are used
     norm         `Norm` of the latent
     wavelengths  (P / 2,) float32     RoPE's angles are positions over these
-    cache        (1, S, R + P)        rows [latent | k_pe], of which `position` are valid, with room for L more
+    cache        (1, S, R + P)        rows [latent | k_pe], of which `position` are valid, with room for L more; or in
+                                      8 bits, (1, S, bytes) uint8 as `kernels.rows` says
     position     (1,) int32           of the first new token
     scale        1 / sqrt(qk_head_dim), times YaRN's mscale squared
     v_b          (H, V, R)            `Weight`: from the latent space to each head's values
@@ -15,8 +16,9 @@ mla_decode(q_latent, q, kv_a, norm, wavelengths, cache, position, scale, v_b) ->
     cache        with the new rows: the kernel writes them in place and returns the array that it was given
 
 attend_ops(q_latent, q_pe, rows, scale, context) -> (B, H, L, R): the attention alone, with q_pe (B, H, L, P) rotated
-and rows (B, S, R + P) all valid, or the first `context`; the last L of them are those of the queries. It goes through
-the rows in blocks, so that what it needs beside them is bounded at any depth and for any number of queries.
+and rows as in the cache (B sequences), all valid, or the first `context`; the last L of them are those of the queries.
+It goes through the rows in blocks, so that what it needs beside them is bounded at any depth and for any number of
+queries.
 
 Query i sees the rows before its own and its own. The value is a view of the key: the first R columns of the cache.
 Source: DeepSeek-V2 (arXiv 2405.04434), section 2.1 and appendix C, with k_b absorbed into the query.
@@ -39,6 +41,7 @@ import numpy as np
 from kernels import launcher
 from kernels.planes import Weight
 from kernels.qmv import Norm, merge_heads_ops
+from kernels.rows import RowFormat
 from kernels.shapes import launch_shape
 
 HEADS_AT_ONCE, SIMDGROUPS = 4, 4  # heads of a threadgroup, simdgroups of a threadgroup
@@ -51,6 +54,7 @@ MAX_LATENT = 2048  # a lane holds whole rows of v_b
 # Of attention without a kernel.
 QUERIES = 512  # of each head and sequence, at once
 SCORES = 16 << 20  # of a block, 4 bytes each: 1,536 rows of the cache for 512 queries of 20 heads
+UNPACKED = 4096  # rows of a block that is in 8 bits, at most: 9 MB each time that 576 values of each stand in float32
 ALIGNED = 128  # rows: blocks are multiples of it, where they are not shorter
 LEAST = mx.finfo(mx.float32).min  # score of a row that is not seen; of infinities, a block of nothing else makes NaN
 
@@ -94,13 +98,15 @@ def attend_ops(
 def _attend_in_blocks(q: mx.array, rows: mx.array, latent_dim: int, before: int | mx.array) -> mx.array:
     """q (B, H, L, R + P), of which query i sees `before` + i + 1 rows -> (B, H, L, R)"""
     batch, heads, length, width = q.shape
-    block = block_rows(batch * heads * length)
+    row_format = RowFormat(latent_dim, width - latent_dim, rows.dtype)
+    block = block_rows(batch * heads * length, row_format.is_packed)
     so_far: _Part | None = None
     for begin in range(0, rows.shape[1], block):
-        keys = rows[:, begin : begin + block].astype(mx.float32)
-        end = begin + keys.shape[1]
+        part_of_rows = rows[:, begin : begin + block]
         if so_far is not None:
-            keys = mx.depends(keys, so_far.out)  # as above
+            part_of_rows = mx.depends(part_of_rows, so_far.out)  # as above
+        keys = row_format.load(part_of_rows)
+        end = begin + keys.shape[1]
         # All heads share the cache, so they are rows of one matmul.
         scores = (q.reshape(batch, heads * length, width) @ keys.swapaxes(-1, -2)).reshape(batch, heads, length, -1)
         if isinstance(before, mx.array) or end > before + 1:
@@ -130,9 +136,11 @@ def _merge(a: _Part, b: _Part) -> _Part:
     return _Part(a.out * mx.exp(a.log_sum - log_sum) + b.out * mx.exp(b.log_sum - log_sum), log_sum)
 
 
-def block_rows(queries: int) -> int:
+def block_rows(queries: int, packed: bool = False) -> int:
     """How many rows of the cache so many queries, those of all heads and sequences together, meet at a time."""
     rows = max(1, SCORES // queries)
+    if packed:
+        rows = min(rows, UNPACKED)
     return rows if rows < ALIGNED else rows // ALIGNED * ALIGNED
 
 
@@ -155,11 +163,14 @@ def mla_decode_ops(
     scale: float,
     v_b: Weight,
 ) -> tuple[mx.array, mx.array]:
-    _, heads, length, _ = q_latent.shape
+    _, heads, length, latent_dim = q_latent.shape
+    row_format = RowFormat(latent_dim, 2 * wavelengths.size, cache.dtype)
+    if row_format.is_packed:
+        kv_a = kv_a.astype(mx.float32)  # rounded once, to 8 bits
     q_pe = q.reshape(1, length, heads, -1)[..., -2 * wavelengths.size :].swapaxes(1, 2)
     kv_a = kv_a[..., -cache.shape[-1] :]
     new = mx.concatenate([*latent_rows_ops(kv_a, norm, wavelengths, position)], axis=-1)
-    cache = mx.slice_update(cache, new.astype(cache.dtype), position, axes=(1,))
+    cache = mx.slice_update(cache, row_format.store(new), position, axes=(1,))
     out = attend_ops(q_latent, rope_ops(q_pe, wavelengths, position), cache, scale, position + length)
     return merge_heads_ops(out, v_b), cache
 

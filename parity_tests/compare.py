@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from glm_mlx import weights
-from glm_mlx.cache import LatentCache
+from glm_mlx.cache import LatentCache, row_format
 from glm_mlx.config import Config
 from glm_mlx.gguf import GGUFFile
 from glm_mlx.model import Block, Model, Weights
@@ -97,7 +97,7 @@ def _compare_layers(
 def product_taps(cfg: Config, block: Block, layer: int, x: Array, dtype: mx.Dtype = mx.float32) -> Taps:
     """The product's named values of one layer for a whole sequence (T, D)."""
     taps: Taps = {}
-    cache = LatentCache(cfg.num_layers, cfg.cache_dim, dtype)
+    cache = LatentCache(cfg.num_layers, row_format(cfg, dtype))
     block(mx.array(x[None]).astype(dtype), cache, lambda name, value: taps.__setitem__(name, to_numpy(value)))
     rows = len(x)
     return {name: tap.reshape(rows, *tap.shape[-1:]) if name != "q" else tap[0] for name, tap in taps.items()}

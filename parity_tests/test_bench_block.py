@@ -29,7 +29,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def small() -> subject.Subject:
-    return subject.open_subject(Namespace(model=None, synthetic=None, layers=None, mix="q4_0"))
+    return subject.open_subject(Namespace(model=None, synthetic=None, layers=None, mix="q4_0", kv_bits=16))
 
 
 def plane(weight: Weight) -> mx.array:
@@ -177,12 +177,12 @@ def rotations_beyond(least: int, opened: subject.Subject, monkeypatch: pytest.Mo
 def test_bytes_are_those_of_a_token_but_for_embedding_and_head(monkeypatch: pytest.MonkeyPatch) -> None:
     opened = small()
     rotations = rotations_beyond(1, opened, monkeypatch)
-    cfg, dtype = opened.config, opened.model.dtype
-    fixed, per_row = decode_bytes(cfg, opened.weights, dtype)
+    cfg, rows = opened.config, opened.model.row_format
+    fixed, per_row = decode_bytes(cfg, opened.weights, rows)
     ends = {name: w for name, w in opened.weights.items() if not name.startswith("layers.")}
     assert (
         sum(one.read_bytes("block", 99) for one in rotations)
-        == fixed - decode_bytes(cfg, ends, dtype)[0] + 100 * per_row
+        == fixed - decode_bytes(cfg, ends, rows)[0] + 100 * per_row
     )
     assert all(one.read_bytes("feed-forward", 99) == one.read_bytes("feed-forward", 0) for one in rotations)
 

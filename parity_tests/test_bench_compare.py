@@ -20,7 +20,7 @@ from bench import compare, conditions, contest, llama_bench, mlx_lm_peer, plot, 
 from bench.contest import OURS, Turn, UnavailableError
 from bench.mlx_lm_peer import MlxLm, convert
 from bench.subject import Subject
-from glm_mlx.cache import LatentCache
+from glm_mlx.cache import LatentCache, row_format
 from glm_mlx.config import Config
 from glm_mlx.engine import Engine
 from glm_mlx.model import Model
@@ -28,7 +28,7 @@ from glm_mlx.small import SMALL_MODEL
 from kernels.planes import GROUP, QUANT_TYPES, QuantizedTensor, dequantize_ops, group_scales
 
 ROOT = Path(__file__).parents[1]
-SMALL = Namespace(model=None, synthetic=None, layers=None, mix="q4_0")
+SMALL = Namespace(model=None, synthetic=None, layers=None, mix="q4_0", kv_bits=16)
 AFFINE = [name for name in QUANT_TYPES if name not in ("Q6_K", "IQ4_NL")]
 
 
@@ -363,7 +363,7 @@ class FakeCache:
     """mlx-lm's, of one layer, around ours."""
 
     def __init__(self, cfg: Config, layer: int):
-        self.latent, self.layer = LatentCache(cfg.num_layers, cfg.cache_dim, mx.float32), layer
+        self.latent, self.layer = LatentCache(cfg.num_layers, row_format(cfg, mx.float32)), layer
 
     @property
     def state(self) -> list[mx.array]:

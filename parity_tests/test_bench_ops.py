@@ -275,7 +275,7 @@ def test_bytes_of_a_token_are_those_that_a_decode_step_touches(monkeypatch: pyte
     touched.clear()
     rows_read.clear()
     mx.eval(model.logits(model.hidden_states(mx.array([[8]], mx.int32), cache)))
-    fixed, per_row = decode_bytes(loaded.config, loaded.weights, model.dtype)
+    fixed, per_row = decode_bytes(loaded.config, loaded.weights, model.row_format)
     assert sorted(set(loaded.weights) - set(touched)) == []
     assert sum(touched.values()) == fixed
     assert sum(rows_read) == 4 * per_row

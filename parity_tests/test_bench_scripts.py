@@ -259,7 +259,7 @@ def test_k_stands_for_1024() -> None:
 
 
 def test_a_cache_that_memory_has_no_room_for_is_refused() -> None:
-    small = subject.open_subject(Namespace(model=None, synthetic=None, layers=None, mix="q4_0"))
+    small = subject.open_subject(Namespace(model=None, synthetic=None, layers=None, mix="q4_0", kv_bits=16))
     tight = type(small)(**{**vars(small), "room": 6 * 160 * 4 * 2000})
     depths, notes = subject.usable_depths(tight, None, 37)
     assert depths == [0, 512]
@@ -293,7 +293,7 @@ def test_primitives_of_a_graph_are_counted() -> None:
 
 def test_parity_is_that_of_the_kernels_here_and_now(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each call of a decoded token that has a kernel is checked once; one that differs is named."""
-    model = subject.open_subject(Namespace(model=None, synthetic=None, layers=None, mix="q4_0")).model
+    model = subject.open_subject(Namespace(model=None, synthetic=None, layers=None, mix="q4_0", kv_bits=16)).model
     nothing = conditions.parity(model)
     assert nothing == {"path": "twins", "checked": 0, "agree": None, "differ": []}
     assert "their twins, which define what is right, are the path" in conditions.describe_parity(nothing)

@@ -15,6 +15,7 @@ from glm_mlx.errors import InputError
 from glm_mlx.make_tiny import random_blocks
 from glm_mlx.packing import pack, packed_nbytes
 from kernels.planes import QUANT_TYPES, QuantizedTensor, dequantize_ops, unpack_quants
+from kernels.rows import RowFormat
 
 # import-linter keeps tests and benchmarks from importing one another.
 MIXES, config, tensors = synthetic.MIXES, synthetic.config, synthetic.tensors
@@ -155,14 +156,15 @@ def test_what_does_not_fit_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
         synthetic.make_model(narrow(1), "q2")
 
 
-def test_a_cache_is_filled_behind_its_rows() -> None:
-    cache = LatentCache(2, 64, mx.float16)
+@pytest.mark.parametrize("dtype", [mx.float16, mx.uint8], ids=str)
+def test_a_cache_is_filled_behind_its_rows(dtype: mx.Dtype) -> None:
+    cache = LatentCache(2, RowFormat(64, 8, dtype))
     synthetic.fill_cache(cache, 300)
     synthetic.fill_cache(cache, 0)
     synthetic.fill_cache(cache, 1, seed=1)
     assert cache.offset == 301
     for rows in cache.rows:
         assert rows is not None
-        values = np.asarray(rows[:, :301], np.float32)
+        values = np.asarray(cache.format.load(rows[:, :301]))
         assert values.std() == pytest.approx(1, abs=0.05)
     assert not mx.array_equal(cache.rows[0], cache.rows[1])  # type: ignore[arg-type]

@@ -34,7 +34,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @cache
 def small() -> subject.Subject:
-    return subject.open_subject(Namespace(model=None, synthetic=None, layers=None, mix="q4_0"))
+    return subject.open_subject(Namespace(model=None, synthetic=None, layers=None, mix="q4_0", kv_bits=16))
 
 
 @cache
@@ -88,7 +88,7 @@ def test_a_token_of_the_small_model(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert found["qmv", "o_proj"]["calls"] == 6
     assert found["qmv_all", "q_a_proj + kv_a_proj"]["type"] == "Q4_0 + Q8_0"
     assert found["attend", "-"]["bytes"] == 6 * 41 * 160 * 4
-    fixed, per_row = decode_bytes(small().config, small().weights, small().model.dtype)
+    fixed, per_row = decode_bytes(small().config, small().weights, small().model.row_format)
     norms = 6 * 128 * 4  # read with the rows
     assert sum(row["bytes"] for row in report["ops"]) == pytest.approx(fixed + 41 * per_row, abs=norms)
     assert report["limit"]["by"] == "device"
@@ -136,7 +136,7 @@ def test_a_walk_computes_the_models_logits() -> None:
 
 
 def test_bytes_of_the_calls_are_those_of_a_token() -> None:
-    fixed, per_row = decode_bytes(small().config, small().weights, small().model.dtype)
+    fixed, per_row = decode_bytes(small().config, small().weights, small().model.row_format)
     assert sum(call.nbytes for call in recorded()) == fixed + 41 * per_row
 
 

@@ -8,20 +8,26 @@ import pytest
 
 from glm_mlx.cache import STEP, LatentCache
 from glm_mlx.errors import InputError
+from kernels.rows import RowFormat
+
+FLOATS, PACKED = RowFormat(6, 2, mx.float32), RowFormat(64, 8, mx.uint8)
 
 
-def filled(rows: int, layers: int = 2, width: int = 8, limit: int | None = None) -> LatentCache:
+def filled(rows: int, layers: int = 2, row_format: RowFormat = FLOATS, limit: int | None = None) -> LatentCache:
     """Row i of every layer holds i."""
-    cache = LatentCache(layers, width, mx.float32, limit)
+    cache = LatentCache(layers, row_format, limit)
     append(cache, rows)
     return cache
 
 
 def append(cache: LatentCache, count: int) -> None:
-    at = mx.arange(cache.offset, cache.offset + count)[None, :, None]
     for layer in range(len(cache.rows)):
-        cache.update(layer, mx.zeros((1, count, cache.width)) + at)
+        cache.update(layer, numbered(cache, cache.offset, cache.offset + count))
     cache.advance(count)
+
+
+def numbered(cache: LatentCache, begin: int, end: int) -> mx.array:
+    return mx.zeros((1, end - begin, cache.format.values)) + mx.arange(begin, end)[None, :, None]
 
 
 def by_step(cache: LatentCache, count: int) -> None:
@@ -29,7 +35,7 @@ def by_step(cache: LatentCache, count: int) -> None:
     for _ in range(count):
         rows = cache.reserve(1)
         for array in rows:
-            array[:, cache.offset] = cache.offset
+            array[:, cache.offset] = cache.format.store(numbered(cache, cache.offset, cache.offset + 1))[:, 0]
         cache.take(rows, 1)
 
 
@@ -43,14 +49,18 @@ def sizes(cache: LatentCache) -> set[int]:
 
 
 def assert_rows(cache: LatentCache) -> None:
+    want = np.array(cache.format.store(numbered(cache, 0, cache.offset)))
     for rows in cache.rows:
-        np.testing.assert_array_equal(np.array(rows)[0, : cache.offset, -1], np.arange(cache.offset))
+        np.testing.assert_array_equal(np.array(rows)[:, : cache.offset], want)
 
 
+@pytest.mark.parametrize("row_format", [FLOATS, PACKED], ids=["floats", "8 bits"])
 @pytest.mark.parametrize("grow", [by_step, by_update])
-def test_a_long_answer_copies_few_rows_for_each_new_one(grow: Callable[[LatentCache, int], None]) -> None:
+def test_a_long_answer_copies_few_rows_for_each_new_one(
+    grow: Callable[[LatentCache, int], None], row_format: RowFormat
+) -> None:
     """Not all of them every few hundred tokens: the square of the length would be copied."""
-    cache, copied, before = filled(1), 0, STEP
+    cache, copied, before = filled(1, row_format=row_format), 0, STEP
     while cache.offset < 32 * STEP:
         grow(cache, STEP // 4)
         (now,) = sizes(cache)
@@ -76,7 +86,7 @@ def test_what_is_expected_is_made_at_once() -> None:
 
 @pytest.mark.parametrize("grow", [by_step, by_update])
 def test_growing_takes_the_memory_of_one_layer_more_and_not_of_all(grow: Callable[[LatentCache, int], None]) -> None:
-    cache = filled(4 * STEP, layers=16, width=256)
+    cache = filled(4 * STEP, layers=16, row_format=RowFormat(224, 32, mx.float32))
     mx.eval(cache.rows)
     mx.clear_cache()
     mx.reset_peak_memory()
@@ -88,10 +98,11 @@ def test_growing_takes_the_memory_of_one_layer_more_and_not_of_all(grow: Callabl
     assert mx.get_cache_memory() < cache.nbytes / 16, "MLX keeps what was too small"
 
 
+@pytest.mark.parametrize("row_format", [FLOATS, PACKED], ids=["floats", "8 bits"])
 @pytest.mark.parametrize("limit", [STEP - 56, 2 * STEP, 2 * STEP + 1])
-def test_a_full_cache_is_refused_and_stays_as_it_was(limit: int) -> None:
+def test_a_full_cache_is_refused_and_stays_as_it_was(limit: int, row_format: RowFormat) -> None:
     """By `reserve` too: before the launch of a kernel that would write behind the arrays' end."""
-    cache = filled(limit - 1, limit=limit)
+    cache = filled(limit - 1, row_format=row_format, limit=limit)
     cache.expect(100 * STEP)
     by_step(cache, 1)
     assert sizes(cache) == {-(-limit // STEP) * STEP}

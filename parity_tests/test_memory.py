@@ -11,11 +11,14 @@ import psutil
 import pytest
 
 from glm_mlx import memory
+from glm_mlx.cache import KvBits
+from glm_mlx.checkup import glm_flash_memory
 from glm_mlx.engine import Engine
 from glm_mlx.errors import InputError
 from glm_mlx.load import load_model, open_model
 from glm_mlx.make_tiny import GLM_FLASH, TinySpec
 from glm_mlx.memory import plan_memory
+from glm_mlx.model import activation_dtype
 from glm_mlx.sampling import SamplingParams
 from glm_mlx.small import SMALL_MODEL
 from glm_mlx.weights import tensors_of
@@ -41,9 +44,10 @@ def test_the_weights_take_what_the_header_foretells(name: str, model_file: MakeM
     assert loaded.memory.weights == sum(weight.nbytes for weight in loaded.weights.values())
 
 
+@pytest.mark.parametrize("kv_bits", [8, 16])
 @pytest.mark.parametrize("context", [1, 256, 300, 1025])
-def test_a_full_cache_takes_what_was_planned(context: int, model_file: MakeModel) -> None:
-    loaded = load_model(model_file(TinySpec()), context=context)
+def test_a_full_cache_takes_what_was_planned(context: int, kv_bits: KvBits, model_file: MakeModel) -> None:
+    loaded = load_model(model_file(TinySpec()), context=context, kv_bits=kv_bits)
     engine = Engine(loaded.model, context=loaded.memory.context)
     for rows in range(0, context, 100):  # in steps, so that it grows
         prompt = [1] * min(rows + 100, context)
@@ -53,19 +57,21 @@ def test_a_full_cache_takes_what_was_planned(context: int, model_file: MakeModel
     assert engine.cache.nbytes == loaded.memory.cache
 
 
-@pytest.mark.parametrize("name", PROMPTS)
+@pytest.mark.parametrize(
+    ("name", "kv_bits"), [*((name, 16) for name in PROMPTS), *((name, 8) for name in ("blocks", "rows"))]
+)
 def test_reading_a_prompt_stays_within_the_planned_scratch(
-    name: str, model_file: MakeModel, monkeypatch: pytest.MonkeyPatch
+    name: str, kv_bits: KvBits, model_file: MakeModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The last chunk of a prompt: it takes no more than planned, and not so much less that the plan would be idle."""
     if name == "blocks":
         monkeypatch.setattr(mla_decode, "SCORES", 16 * 128 * 512)
     spec, chunk, before = PROMPTS[name]
-    loaded = load_model(model_file(spec))
+    loaded = load_model(model_file(spec), kv_bits=kv_bits)
     engine, context = Engine(loaded.model, chunk), before + chunk
     cache = engine.cache
     for layer in range(len(cache.rows)):
-        mx.eval(cache.update(layer, mx.random.normal((1, context, cache.width))))
+        mx.eval(cache.update(layer, mx.random.normal((1, context, cache.format.values))))
     cache.advance(before)
     engine.tokens = [1] * before
     held = mx.get_active_memory()
@@ -73,8 +79,8 @@ def test_reading_a_prompt_stays_within_the_planned_scratch(
     engine._prefill([1] * before + [token % 250 for token in range(2, chunk + 2)], lambda done, total: None)
     taken = mx.get_peak_memory() - held
     tensors = tensors_of(open_model(loaded.gguf.path).tensors)
-    planned = plan_memory(loaded.config, tensors, loaded.model.dtype, chunk, context).scratch
-    print(f"{name}: {taken / 1e6:.1f} MB of {planned / 1e6:.1f} MB planned")
+    planned = plan_memory(loaded.config, tensors, loaded.model.dtype, chunk, context, kv_bits).scratch
+    print(f"{name}, {kv_bits} bits: {taken / 1e6:.1f} MB of {planned / 1e6:.1f} MB planned")
     assert taken <= planned <= 2.5 * taken
 
 
@@ -102,6 +108,12 @@ def test_16_bits_take_half_the_cache(model_file: MakeModel) -> None:
     plans = [open_model(model_file(TinySpec()), dtype).memory for dtype in (mx.float32, mx.bfloat16)]
     assert plans[0].cache == 2 * plans[1].cache
     assert plans[0].weights == plans[1].weights
+
+
+def test_the_longest_context_of_the_real_model_takes_in_8_bits_less_than_32_kb_a_token() -> None:
+    plans = [glm_flash_memory(202_752, kv_bits=kv_bits) for kv_bits in (8, 16)]
+    assert [plan.cache / 202_752 for plan in plans] == [47 * 672, 47 * 576 * activation_dtype().size]
+    assert 47 * 672 < 32_768
 
 
 # --- MLX's limits

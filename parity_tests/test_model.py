@@ -55,7 +55,7 @@ def test_chunks_on_both_sides_of_a_block_edge_equal_one_chunk(
     ids = tokens(100)
     whole = run(path, ids, [len(ids)])
     monkeypatch.setattr(mla_decode, "QUERIES", 16)
-    monkeypatch.setattr(mla_decode, "block_rows", lambda queries: 32)
+    monkeypatch.setattr(mla_decode, "block_rows", lambda *_: 32)
     chunks = [min(chunk, len(ids) - start) for start in range(0, len(ids), chunk)]
     check("same path", run(path, ids, chunks), whole, f"chunks of {chunk}")
 

@@ -39,7 +39,7 @@ def attend(q: np.ndarray, rows: np.ndarray, context: mx.array | None = None) -> 
 def in_blocks(patch: pytest.MonkeyPatch, queries: int, rows: int) -> None:
     """Attention in blocks of so many queries and rows."""
     patch.setattr(mla_decode, "QUERIES", queries)
-    patch.setattr(mla_decode, "block_rows", lambda _: rows)
+    patch.setattr(mla_decode, "block_rows", lambda *_: rows)
 
 
 @pytest.mark.parametrize("position", [0, 1, 4095, 202_000])
