@@ -2,10 +2,10 @@
 
 An array of floats holds just those. An array of uint8 holds them in 8 bits, in bytes of this order:
 
-    R        int8     the latent, over the scale of its 32
+    R        uint8    the latent over the scale of its 32, plus 128
     2 P      float16  k_pe
     R / 16   float16  scales: the largest absolute value of 32 over 127
-    0 to 15  zeros, so that every row begins at a multiple of 16
+    0 to 15           nothing, so that every row begins at a multiple of 16
 
 GLM-4.7-Flash's 576 values take 672 bytes, 1,152 in 16 bits. A scale and its quants are those of GGUF's Q8_0, but for
 what the rounding of the scale to float16 changes: each value is divided by the scale as it is stored.
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-GROUP = 32  # values of the latent that share a scale
+GROUP, ZERO = 32, 128  # values of the latent that share a scale; the quant that stands for 0
 ALIGNED = 16  # bytes
 
 
@@ -60,8 +60,8 @@ class RowFormat:
         groups = mx.unflatten(latent, -1, (-1, GROUP))
         scales = (mx.abs(groups).max(axis=-1) * (1 / 127)).astype(mx.float16)
         divisors = scales[..., None].astype(mx.float32)
-        quants = mx.where(divisors == 0, 0, mx.clip(mx.round(groups / divisors), -127, 127)).astype(mx.int8)
-        parts = [quants.flatten(-2), k_pe.astype(mx.float16), scales]
+        quants = mx.where(divisors == 0, 0, mx.clip(mx.round(groups / divisors), -127, 127)) + ZERO
+        parts = [quants.flatten(-2).astype(mx.uint8), k_pe.astype(mx.float16), scales]
         stored = mx.concatenate([part.view(mx.uint8) for part in parts], axis=-1)
         return mx.pad(stored, [(0, 0), (0, 0), (0, self.width - stored.shape[-1])])
 
@@ -72,6 +72,6 @@ class RowFormat:
         ends = [self.latent_dim, self.latent_dim + 2 * self.rope_dim]
         ends.append(ends[1] + self.latent_dim // GROUP * 2)
         latent, k_pe, scales, _ = mx.split(rows, ends, axis=-1)
-        groups = mx.unflatten(latent.view(mx.int8).astype(mx.float32), -1, (-1, GROUP))
+        groups = mx.unflatten(latent.astype(mx.float32) - ZERO, -1, (-1, GROUP))
         groups = groups * scales.view(mx.float16)[..., None].astype(mx.float32)
         return mx.concatenate([groups.flatten(-2), k_pe.view(mx.float16).astype(mx.float32)], axis=-1)

@@ -27,9 +27,9 @@ BUDGETS = {
     "8-bit cache, other chunks": Budget(1e-3, "a value at the middle of two quants goes to the one or the other"),
     "8-bit cache": Budget(
         1e-3,
-        "mean KL of the next token's distributions to those with a float32 cache, in nats; worst seen 3.2e-5, and by hand, "
-        "with 64 experts, 2.7e-4. There random routers send 3 to 14 % of the tokens elsewhere; of all of them together it "
-        "is 9e-4 to 4.2e-3 (3 seeds), and 3e-6 to 1.4e-3 with a cache in bfloat16",
+        "mean KL of the next token's distributions to those with a float32 cache, in nats; worst seen 3.2e-5, and by "
+        "hand, with 64 experts, 2.7e-4. There random routers send 3 to 14 % of the tokens elsewhere; of all of them "
+        "together it is 9e-4 to 4.2e-3 (3 seeds), and 3e-6 to 1.4e-3 with a cache in bfloat16",
     ),
     "sampling": Budget(1e-6, "probabilities in float32"),
     "embed, 16-bit": Budget(2**-8, "one rounding to bfloat16"),

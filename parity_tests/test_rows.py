@@ -30,8 +30,7 @@ def random_values(latent_dim: int, rope_dim: int, rows: int = 33, sequences: int
 
 def read_by_hand(stored: npt.NDArray[np.uint8], latent_dim: int, rope_dim: int) -> tuple[Floats, Floats, Floats]:
     """The latent, k_pe and the scales of each value, byte by byte as `kernels.rows` describes them."""
-    quants = stored[..., :latent_dim].astype(np.int64)
-    quants = np.where(quants > 127, quants - 256, quants)
+    quants = stored[..., :latent_dim].astype(np.float64) - 128
     k_pe = stored[..., latent_dim : latent_dim + 2 * rope_dim].copy().view(np.float16).astype(np.float64)
     begin = latent_dim + 2 * rope_dim
     scales = stored[..., begin : begin + latent_dim // 16].copy().view(np.float16).astype(np.float64)
