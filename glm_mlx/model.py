@@ -232,9 +232,7 @@ class Model:
     On a GPU the weights of each launch move into one array, and `weights` then holds views of it.
     """
 
-    def __init__(
-        self, cfg: Config, weights: MutableMapping[str, Weight], dtype: mx.Dtype, kv_bits: KvBits = 16
-    ):
+    def __init__(self, cfg: Config, weights: MutableMapping[str, Weight], dtype: mx.Dtype, kv_bits: KvBits = 16):
         self.cfg, self.dtype = cfg, dtype
         self.row_format = row_format(cfg, dtype, kv_bits)  # of its caches
         self.embed_tokens = weights["embed_tokens"]
