@@ -1,7 +1,7 @@
 // writes: cache
 // Grid: splits of the context, groups of HEADS_AT_ONCE heads, queries. A threadgroup goes through the rows of its split
-// for its heads and one query; its simdgroups take ROWS_AT_ONCE rows in turn. A lane holds dimensions 2 lane and
-// 2 lane + 1 of every 64: of the queries, of the rows (loaded once, as key and as value), and of the sums.
+// for its heads and one query; its simdgroups take ROWS_AT_ONCE rows in turn. A lane holds some pairs of dimensions, those
+// that it loads of a row (once, as key and as value): of the queries and of the sums too. Rows are of STORED: T, or bytes.
 //
 // The rows of the queries' own tokens are not in the cache yet: a threadgroup that needs one makes it, norm and RoPE, in
 // its own memory, and the one that needs it for the last query and the first heads stores it. No threadgroup reads a row
@@ -11,9 +11,13 @@
 // scaled down when it grows. A lane knows the score of one head and one row, and the state of that head.
 threadgroup float shared_sums[SHARED];  // in the beginning the new rows, at the end half of the sums
 threadgroup float shared_state[(SIMDGROUPS + 1) / 2 * HEADS_AT_ONCE * 2];
+typedef Rows<STORED, LATENT, ROPE> CachedRows;
+typedef typename CachedRows::Word Word;
+constexpr CachedRows as_cached = {};
 constexpr int WIDTH = LATENT + ROPE;
-constexpr int PAIRS = (WIDTH + 63) / 64;
-constexpr int VALUES = (LATENT + 63) / 64;
+constexpr int PAIRS = CachedRows::PAIRS;
+constexpr int VALUES = CachedRows::VALUES;
+constexpr int WORDS = CachedRows::WORDS;
 constexpr int SCORES = HEADS_AT_ONCE * ROWS_AT_ONCE;
 constexpr int SHARE = 32 / HEADS_AT_ONCE;  // lanes that hold the state of one head
 constexpr int SCORE_SHARE = 32 / SCORES;   // lanes that hold one score
@@ -23,13 +27,13 @@ const uint split = threadgroup_position_in_grid.x;
 const uint first_head = threadgroup_position_in_grid.y * uint(HEADS_AT_ONCE);
 const uint query = threadgroup_position_in_grid.z;
 const uint splits = threadgroups_per_grid.x;
-device T* rows = (device T*)cache;
+device STORED* rows = (device STORED*)cache;
 const uint cached = uint(position[0]);
 const uint visible = cached + query + 1;  // rows that this query sees
 const uint rows_of_split = (visible + splits - 1) / splits;
 const uint begin = split * rows_of_split;
 const uint end = min(visible, begin + rows_of_split);
-auto made = (threadgroup decltype(load_pair(cache, 0))*)shared_sums;
+threadgroup Word* made = (threadgroup Word*)shared_sums;  // of each new row what lane 0 to 31 has of it
 
 if (end > cached) {
   for (uint r = simdgroup; r <= query; r += uint(SIMDGROUPS)) {
@@ -38,27 +42,29 @@ if (end > cached) {
     float squares = 0.0f;
 #pragma unroll
     for (int p = 0; p < PAIRS; ++p) {
-      const uint pair = uint(p) * 32 + lane;
-      values[p] = as_float<T>(load_pair(kv_a + r * uint(KV_A) + uint(KV_A - WIDTH), min(pair, uint(WIDTH / 2 - 1))));
-      squares += holds<LATENT>(p, pair) ? values[p].x * values[p].x + values[p].y * values[p].y : 0.0f;
+      const uint pair = min(pair_of(as_cached, p, lane), uint(WIDTH / 2 - 1));
+      values[p] = as_float<T>(load_pair(kv_a + r * uint(KV_A) + uint(KV_A - WIDTH), pair));
+      squares += in_latent(as_cached, p, lane) ? values[p].x * values[p].x + values[p].y * values[p].y : 0.0f;
     }
     const float inverse = rsqrt(simd_sum(squares) / float(LATENT) + EPS);
-    const bool stores = first_head == 0 && query == uint(QUERIES - 1) && row >= begin && row < end;
 #pragma unroll
     for (int p = 0; p < PAIRS; ++p) {
-      const uint pair = uint(p) * 32 + lane;
-      if (holds<LATENT>(p, pair)) {
+      const uint pair = pair_of(as_cached, p, lane);
+      if (in_latent(as_cached, p, lane)) {
         values[p].x *= inverse * norm_weight[pair * 2];
         values[p].y *= inverse * norm_weight[pair * 2 + 1];
-      } else if (holds<WIDTH>(p, pair)) {
+      } else if (in_row(as_cached, p, lane)) {
         values[p] = rotate(values[p], float(row), wavelengths[pair - uint(LATENT / 2)]);
       }
-      if (holds<WIDTH>(p, pair)) {
-        made[r * uint(WIDTH / 2) + pair] = as_pair(values[p], T(0.0f));
-        if (stores) {
-          store_pair(rows, size_t(row) * size_t(WIDTH / 2) + pair, as_pair(values[p], T(0.0f)));
-        }
-      }
+    }
+    Word words[WORDS];
+    pack(as_cached, values, lane, words);
+#pragma unroll
+    for (int i = 0; i < WORDS; ++i) {
+      made[(r * uint(WORDS) + uint(i)) * 32 + lane] = words[i];
+    }
+    if (first_head == 0 && query == uint(QUERIES - 1) && row >= begin && row < end) {
+      store(as_cached, words, lane, rows + size_t(row) * size_t(CachedRows::ELEMENTS));
     }
   }
 }
@@ -71,11 +77,11 @@ for (int h = 0; h < HEADS_AT_ONCE; ++h) {
   const uint at = min(first_head + uint(h), uint(HEADS - 1)) * uint(QUERIES) + query;
 #pragma unroll
   for (int p = 0; p < PAIRS; ++p) {
-    const uint pair = uint(p) * 32 + lane;
+    const uint pair = pair_of(as_cached, p, lane);
     float2 value = float2(0.0f, 0.0f);
-    if (holds<LATENT>(p, pair)) {
+    if (in_latent(as_cached, p, lane)) {
       value = as_float<T>(load_pair(q_latent + at * uint(LATENT), pair));
-    } else if (holds<WIDTH>(p, pair)) {
+    } else if (in_row(as_cached, p, lane)) {
       const uint turn = pair - uint(LATENT / 2);
       const auto heads = q + (query * uint(HEADS) + min(first_head + uint(h), uint(HEADS - 1))) * uint(NOPE + ROPE);
       value = rotate(as_float<T>(load_pair(heads + NOPE, turn)), float(cached + query), wavelengths[turn]);
@@ -91,33 +97,27 @@ float largest = -INFINITY;
 float total = 0.0f;
 
 // A turn asks for rows and works on those of the turn before, so that it need not wait for them.
-decltype(load_pair(cache, 0)) raw[ROWS_AT_ONCE][PAIRS];
-decltype(load_pair(cache, 0)) ahead[ROWS_AT_ONCE][PAIRS];
+Word raw[ROWS_AT_ONCE][WORDS];
+Word ahead[ROWS_AT_ONCE][WORDS];
 const uint start = begin + simdgroup * uint(ROWS_AT_ONCE);
 for (uint next = start; next == start || next - uint(SIMDGROUPS * ROWS_AT_ONCE) < end;
      next += uint(SIMDGROUPS * ROWS_AT_ONCE)) {
-  // Lanes past the last dimension read it again: their part of the query is 0, and their sums are not written.
   if (next + uint(ROWS_AT_ONCE) <= min(end, cached)) {
-    const auto from = cache + size_t(next) * size_t(WIDTH);
+    const auto from = cache + size_t(next) * size_t(CachedRows::ELEMENTS);
 #pragma unroll
     for (int r = 0; r < ROWS_AT_ONCE; ++r) {
-#pragma unroll
-      for (int p = 0; p < PAIRS; ++p) {
-        const uint pair = WIDTH % 64 == 0 ? uint(p) * 32 + lane : min(uint(p) * 32 + lane, uint(WIDTH / 2 - 1));
-        ahead[r][p] = load_pair(from, uint(r * WIDTH / 2) + pair);
-      }
+      load(as_cached, from + r * CachedRows::ELEMENTS, lane, ahead[r]);
     }
   } else if (next < end) {  // the last of the split; some may be new
 #pragma unroll
     for (int r = 0; r < ROWS_AT_ONCE; ++r) {
       const uint row = min(next + uint(r), end - 1);
+      if (row < cached) {
+        load(as_cached, cache + size_t(row) * size_t(CachedRows::ELEMENTS), lane, ahead[r]);
+      } else {
 #pragma unroll
-      for (int p = 0; p < PAIRS; ++p) {
-        const uint pair = WIDTH % 64 == 0 ? uint(p) * 32 + lane : min(uint(p) * 32 + lane, uint(WIDTH / 2 - 1));
-        if (row < cached) {
-          ahead[r][p] = load_pair(cache + size_t(row) * size_t(WIDTH), pair);
-        } else {
-          ahead[r][p] = made[(row - cached) * uint(WIDTH / 2) + pair];
+        for (int i = 0; i < WORDS; ++i) {
+          ahead[r][i] = made[((row - cached) * uint(WORDS) + uint(i)) * 32 + lane];
         }
       }
     }
@@ -133,11 +133,14 @@ for (uint next = start; next == start || next - uint(SIMDGROUPS * ROWS_AT_ONCE) 
       }
 #pragma unroll
       for (int p = 0; p < PAIRS; ++p) {
-        const float2 x = as_float<T>(raw[r][p]);
+        const float2 x = value(as_cached, raw[r], p);
 #pragma unroll
         for (int h = 0; h < HEADS_AT_ONCE; ++h) {
           const float score = fma(queries[h][p].x, x.x, scores[h * ROWS_AT_ONCE + r]);
           scores[h * ROWS_AT_ONCE + r] = fma(queries[h][p].y, x.y, score);
+          if (p == VALUES - 1) {
+            scores[h * ROWS_AT_ONCE + r] *= scale(as_cached, raw[r]);
+          }
         }
       }
     }
@@ -173,11 +176,11 @@ for (uint next = start; next == start || next - uint(SIMDGROUPS * ROWS_AT_ONCE) 
       float2 x[VALUES];
 #pragma unroll
       for (int p = 0; p < VALUES; ++p) {
-        x[p] = as_float<T>(raw[r][p]);
+        x[p] = value(as_cached, raw[r], p);
       }
 #pragma unroll
       for (int h = 0; h < HEADS_AT_ONCE; ++h) {
-        const float share = simd_shuffle(weight, ushort((h * ROWS_AT_ONCE + r) * SCORE_SHARE));
+        const float share = simd_shuffle(weight, ushort((h * ROWS_AT_ONCE + r) * SCORE_SHARE)) * scale(as_cached, raw[r]);
 #pragma unroll
         for (int p = 0; p < VALUES; ++p) {
           sums[h][p].x = fma(share, x[p].x, sums[h][p].x);
@@ -189,8 +192,8 @@ for (uint next = start; next == start || next - uint(SIMDGROUPS * ROWS_AT_ONCE) 
 #pragma unroll
   for (int r = 0; r < ROWS_AT_ONCE; ++r) {
 #pragma unroll
-    for (int p = 0; p < PAIRS; ++p) {
-      raw[r][p] = ahead[r][p];
+    for (int i = 0; i < WORDS; ++i) {
+      raw[r][i] = ahead[r][i];
     }
   }
 }
@@ -205,10 +208,10 @@ for (int count = SIMDGROUPS; count > 1; count = (count + 1) / 2) {
     for (int h = 0; h < HEADS_AT_ONCE; ++h) {
 #pragma unroll
       for (int p = 0; p < VALUES; ++p) {
-        const uint dimension = (uint(p) * 32 + lane) * 2;
-        if (holds<LATENT>(p, dimension / 2)) {
-          shared_sums[(at + uint(h)) * uint(LATENT) + dimension] = sums[h][p].x;
-          shared_sums[(at + uint(h)) * uint(LATENT) + dimension + 1] = sums[h][p].y;
+        const uint slot = slot_of(as_cached, p, lane) * 2;
+        if (in_latent(as_cached, p, lane)) {
+          shared_sums[(at + uint(h)) * uint(LATENT) + slot] = sums[h][p].x;
+          shared_sums[(at + uint(h)) * uint(LATENT) + slot + 1] = sums[h][p].y;
         }
       }
     }
@@ -233,9 +236,8 @@ for (int count = SIMDGROUPS; count > 1; count = (count + 1) / 2) {
       const float other_factor = simd_shuffle(others, ushort(h * SHARE));
 #pragma unroll
       for (int p = 0; p < VALUES; ++p) {
-        const uint dimension = (uint(p) * 32 + lane) * 2;
-        if (holds<LATENT>(p, dimension / 2)) {
-          const uint from = (at + uint(h)) * uint(LATENT) + dimension;
+        if (in_latent(as_cached, p, lane)) {
+          const uint from = (at + uint(h)) * uint(LATENT) + slot_of(as_cached, p, lane) * 2;
           sums[h][p].x = sums[h][p].x * my_factor + shared_sums[from] * other_factor;
           sums[h][p].y = sums[h][p].y * my_factor + shared_sums[from + 1] * other_factor;
         }
@@ -251,9 +253,8 @@ if (simdgroup == 0) {
       const uint at = ((first_head + uint(h)) * uint(QUERIES) + query) * splits + split;
 #pragma unroll
       for (int p = 0; p < VALUES; ++p) {
-        const uint pair = uint(p) * 32 + lane;
-        if (holds<LATENT>(p, pair)) {
-          ((device float2*)partial)[at * uint(LATENT / 2 + 1) + pair] = sums[h][p];
+        if (in_latent(as_cached, p, lane)) {
+          ((device float2*)partial)[at * uint(LATENT / 2 + 1) + pair_of(as_cached, p, lane)] = sums[h][p];
         }
       }
       if (lane == uint(h * SHARE)) {

@@ -50,6 +50,7 @@ ROWS_AT_ONCE = 2  # rows that a lane loads in one go
 ROWS_OF_SPLIT, MAX_SPLITS = 32, 52
 MERGE_ROWS, MERGE_SIMDGROUPS = 4, 8  # rows of v_b of a simdgroup, simdgroups of a threadgroup
 MAX_LATENT = 2048  # a lane holds whole rows of v_b
+MAX_PACKED = 512  # the same of rows in 8 bits: 16 values a lane, under one scale
 
 # Of attention without a kernel.
 QUERIES = 512  # of each head and sequence, at once
@@ -201,6 +202,7 @@ def mla_decode(
         kv_a.shape[-1],
         1 << rows.bit_length() - 1,
         q_latent.dtype,
+        cache.dtype,
         norm.eps,
         scale,
         launcher.kind(v_b),
@@ -212,8 +214,10 @@ def mla_decode(
 
 def _fits(q_latent: mx.array, kv_a: mx.array, cache: mx.array) -> bool:
     batch, _, length, latent_dim = q_latent.shape
-    few = batch == 1 and length <= launcher.MAX_TOKENS and latent_dim <= MAX_LATENT
-    return few and kv_a.shape[-1] % 2 == 0 and cache.dtype == q_latent.dtype
+    few = batch == 1 and length <= launcher.MAX_TOKENS and kv_a.shape[-1] % 2 == 0
+    if cache.dtype == mx.uint8:
+        return few and latent_dim <= MAX_PACKED
+    return few and latent_dim <= MAX_LATENT and cache.dtype == q_latent.dtype
 
 
 @memoised
@@ -227,6 +231,7 @@ def _launches(
     kv_a_dim: int,
     room: int,
     dtype: mx.Dtype,
+    stored: mx.Dtype,
     eps: float,
     scale: float,
     v_b: launcher.Kind,
@@ -259,7 +264,12 @@ def _launches(
         (32 % scores == 0, f"{heads_at_once} heads and {rows_at_once} rows at once; their product must divide 32"),
     )
     half_of_them = half * heads_at_once
-    made = length * (latent_dim + rope_dim) * dtype.size // 4  # floats of room for the new rows
+    pairs_of_rope = -(-rope_dim // 64)
+    if stored == mx.uint8:
+        words = pairs_of_rope + 5
+    else:
+        words = -(-(latent_dim + rope_dim) // 64) * dtype.size // 2
+    made = length * words * 32  # floats of room for the new rows
     shared = max(half_of_them * latent_dim, made)
     attend = launcher.prepare(
         back_end,
@@ -271,6 +281,7 @@ def _launches(
         outputs={"partial": ((heads, length, splits, latent_dim + 2), mx.float32)},
         template={
             "T": dtype,
+            "STORED": stored,
             "HEADS": heads,
             "QUERIES": length,
             "LATENT": latent_dim,
