@@ -264,12 +264,9 @@ def _launches(
         (32 % scores == 0, f"{heads_at_once} heads and {rows_at_once} rows at once; their product must divide 32"),
     )
     half_of_them = half * heads_at_once
-    pairs_of_rope = -(-rope_dim // 64)
-    if stored == mx.uint8:
-        words = pairs_of_rope + 5
-    else:
-        words = -(-(latent_dim + rope_dim) // 64) * dtype.size // 2
-    made = length * words * 32  # floats of room for the new rows
+    # What a lane has of a row, in words of 4 bytes.
+    words = 5 + -(-rope_dim // 64) if stored == mx.uint8 else -(-(latent_dim + rope_dim) // 64) * dtype.size // 2
+    made = length * 32 * words  # of the new rows
     shared = max(half_of_them * latent_dim, made)
     attend = launcher.prepare(
         back_end,

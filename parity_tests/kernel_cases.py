@@ -30,6 +30,7 @@ from kernels.mla_decode import mla_decode, mla_decode_ops
 from kernels.planes import QUANT_TYPES, Weight, dequantize_ops
 from kernels.qmv import Norm, absorb, absorb_ops, merge_heads, merge_heads_ops, norm_qmv, qmv, qmv_all, qmv_ops
 from kernels.route import Gating, Router, experts_of, weights_of
+from kernels.rows import RowFormat
 from parity_tests.budgets import NEAR_TIE, check, check_twice
 from parity_tests.msl import executing
 
@@ -568,7 +569,11 @@ class Route(Case):
 @dataclass(frozen=True)
 class Mla(Case):
     """context: rows of the cache with those of the `tokens` new ones; `room` rows of NaN stand behind them. kind: of
-    v_b, which gives `values` of each head. before: columns of kv_a that are not its own."""
+    v_b, which gives `values` of each head. before: columns of kv_a that are not its own.
+
+    packed: the cache is in 8 bits. What is exact then follows from the rows that the kernel has stored: a value at the
+    middle of two quants goes to the one or the other.
+    """
 
     heads: int
     context: int
@@ -581,6 +586,7 @@ class Mla(Case):
     kind: str = "F16"
     values: int = 20
     before: int = 0
+    packed: bool = False
     op: ClassVar[str] = "mla_decode"
     launches: ClassVar[int] = 2
 
@@ -597,11 +603,18 @@ class Mla(Case):
         wavelengths = 100.0 ** (mx.arange(self.rope // 2) / (self.rope // 2))
         cache = random_array((1, self.context + self.room, width), self.dtype, 4)
         cache[:, self.context - self.tokens :] = float("nan")
+        if self.packed:
+            cache = self.row_format.store(cache)
+            cache[:, self.context - self.tokens :] = 255  # the scales and k_pe are NaN
         position = mx.array([self.context - self.tokens], mx.int32)
         q, kv_a = q.reshape(1, self.tokens, -1), kv_a[None]
         cache = mx.contiguous(cache)
         mx.eval(q, kv_a, cache)
         return framed(q_latent)[None], framed(q), framed(kv_a), Norm(gains, 1e-5), wavelengths, cache, position
+
+    @property
+    def row_format(self) -> RowFormat:
+        return RowFormat(self.latent, self.rope, mx.uint8 if self.packed else self.dtype)
 
     @property
     def scale(self) -> float:
@@ -613,24 +626,26 @@ class Mla(Case):
 
     def kernel(self) -> Sequence[mx.array]:
         y, cache = mla_decode(*self.inputs, self.scale, self.v_b)
-        return [y, cache[:, : self.context]]
+        return [y] if self.packed else [y, cache[:, : self.context]]
 
     def twin(self) -> Sequence[mx.array]:
         *others, cache, position = self.inputs
         # MLX's matmul meets the rows that are not valid yet, with weights of 0.
+        cache = mx.where(mx.arange(cache.shape[1])[:, None] < self.context, cache, mx.zeros_like(cache))
         y, cache = mla_decode_ops(*others, mx.nan_to_num(cache), position, self.scale, self.v_b)
-        return [y, cache[:, : self.context]]
+        return [y] if self.packed else [y, cache[:, : self.context]]
 
     @cached_property
     def exact(self) -> list[Exact]:
         q_latent, q, kv_a, norm, wavelengths, cache, _ = self.inputs
-        rows, new = float64(cache)[:, : self.context], float64(kv_a)[0, :, self.before :]
+        rows, new = float64(self.row_format.load(cache[:, : self.context])), float64(kv_a)[0, :, self.before :]
         at = self.context - self.tokens + np.arange(self.tokens)
         angles = (at[:, None].astype(np.float32) * (1 / np.array(wavelengths))).astype(np.float64)  # RoPE's float32
         latent = new[:, : self.latent]
         root = np.sqrt((latent**2).mean(axis=-1, keepdims=True) + norm.eps)
-        rows[0, at, : self.latent] = latent / root * float64(norm.weight)
-        rows[0, at, self.latent :] = rotated(new[:, self.latent :], angles)
+        if not self.packed:
+            rows[0, at, : self.latent] = latent / root * float64(norm.weight)
+            rows[0, at, self.latent :] = rotated(new[:, self.latent :], angles)
         heads = float64(q).reshape(self.tokens, self.heads, -1).swapaxes(0, 1)
         both = np.concatenate([float64(q_latent)[0], rotated(heads[..., self.nope :], angles)], axis=-1)
         scores = np.einsum("hlw,bsw->bhls", both, rows) * self.scale
@@ -638,7 +653,7 @@ class Mla(Case):
         p = np.exp(scores - scores.max(axis=-1, keepdims=True))
         out = np.einsum("bhls,bsr->bhlr", p / p.sum(axis=-1, keepdims=True), rows[..., : self.latent])
         y = np.einsum("bhlr,hvr->blhv", out, values(self.v_b))
-        return [y.reshape(1, self.tokens, -1), rows]
+        return [y.reshape(1, self.tokens, -1)] if self.packed else [y.reshape(1, self.tokens, -1), rows]
 
 
 def rotated(x: Exact, angles: Exact) -> Exact:

@@ -1,5 +1,6 @@
 """mla_decode's kernels: contexts on both sides of every split and block, among rows of NaN, against float64."""
 
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -9,6 +10,7 @@ import pytest
 from kernels.mla_decode import (
     HEADS_AT_ONCE,
     MAX_LATENT,
+    MAX_PACKED,
     MAX_SPLITS,
     MERGE_ROWS,
     MERGE_SIMDGROUPS,
@@ -68,6 +70,67 @@ def test_agrees_with_float64_at_real_shapes(case: Mla) -> None:
 def test_agrees_with_float64_at_the_end_of_the_longest_context() -> None:
     """RoPE's angles are largest there."""
     verify(Mla(1, 202_752, 64, 8, room=0), "fast")
+
+
+# 16 values a lane: latents that leave lanes without any, and one that does not.
+PACKED_WIDTHS = ((64, 16), (96, 10), (512, 64), (32, 2), (256, 96))
+PACKED = [
+    *(
+        replace(case, latent=latent, rope=rope, packed=True)
+        for i, case in enumerate(CASES)
+        for latent, rope in [PACKED_WIDTHS[i % 5]]
+    ),
+    replace(MOSTLY_EMPTY[1], packed=True),
+    *(replace(case, packed=True) for case in V_B[::5] if case.latent % 32 == 0),
+]
+
+
+@pytest.mark.parametrize("case", PACKED, ids=str)
+def test_rows_in_8_bits_agree_with_float64(case: Mla) -> None:
+    verify(case)
+
+
+@pytest.mark.parametrize("case", REAL, ids=str)
+def test_rows_in_8_bits_agree_with_float64_at_real_shapes(case: Mla) -> None:
+    verify(replace(case, packed=True), "fast")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("widths", PACKED_WIDTHS, ids=str)
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_new_rows_in_8_bits_are_those_of_the_twin(tokens: int, widths: tuple[int, int], dtype: mx.Dtype) -> None:
+    """Bit for bit, from the same float32 values: those that the kernel stores where rows are float32. It writes these
+    rows and nothing else."""
+    case = Mla(3, 37, *widths, tokens=tokens, dtype=dtype, packed=True)
+    q_latent, q, kv_a, norm, wavelengths, cache, position = case.inputs
+    before, width = np.array(cache), sum(widths)
+    run(lambda: [mla_decode(*case.inputs, case.scale, case.v_b)[0]], launches=2)
+    floats = [x.astype(mx.float32) for x in (q_latent, q, kv_a)]
+    exact = mx.contiguous(mx.zeros((1, cache.shape[1], width)) + 0)
+    run(lambda: [mla_decode(*floats, norm, wavelengths, exact, position, case.scale, case.v_b)[0]], launches=2)
+    new, stored = slice(37 - tokens, 37), case.row_format
+    used = widths[0] + 2 * widths[1] + widths[0] // 16  # of the bytes
+    np.testing.assert_array_equal(np.array(cache)[:, new, :used], np.array(stored.store(exact[:, new]))[..., :used])
+    after = np.array(cache)
+    np.testing.assert_array_equal(after[..., used:], before[..., used:])
+    after[:, new] = before[:, new]
+    np.testing.assert_array_equal(after, before)
+
+
+def test_a_row_of_nan_in_8_bits_stays_with_the_queries_that_see_it() -> None:
+    case = Mla(5, 70, tokens=3, packed=True)
+    q_latent, q, kv_a, *others = *case.inputs, case.scale, case.v_b
+    new = np.array(kv_a)
+    new[0, 1, 40] = np.nan
+    (y,) = run(lambda: [mla_decode(q_latent, q, mx.array(new), *others)[0]], launches=2)
+    assert np.isnan(float64(y)[0, 1:]).all()
+    assert not np.isnan(float64(y)[0, 0]).any()
+
+
+def test_latents_of_more_than_a_lanes_share_are_left_to_the_twin() -> None:
+    case = Mla(2, 5, MAX_PACKED + 32, packed=True)
+    case.inputs[5][:, case.context :] = 0
+    run(lambda: [mla_decode(*case.inputs, case.scale, case.v_b)[0]], launches=0)
 
 
 FAR = [(100, 0), (100, 40), (100, 98), (2100, 2000)]  # context, a row of it
