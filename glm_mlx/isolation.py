@@ -35,11 +35,12 @@ class Rows:
     """The kernels of one model after another, checked in this process."""
 
     def open(self, file: Path, dtype: mx.Dtype) -> list[Variant]:
-        """The variants that this model has; what `check` counts."""
+        """The variants that this model has, with its cache in 16 bits and in 8; what `check` counts."""
         cfg, weights = read_small(file)
         model = Model(cfg, weights, dtype)
+        in_8_bits = [case for case in decode_cases(Model(cfg, weights, dtype, kv_bits=8)) if case.op == "mla_decode"]
         found: dict[Variant, Case] = {}
-        for case in [*decode_cases(model), *chunk_cases(model)]:
+        for case in [*decode_cases(model), *chunk_cases(model), *in_8_bits]:
             what = case.variant if case.types else ", ".join(filter(None, (case.variant, case.shapes)))
             tokens = f"{case.tokens} token{'s' * (case.tokens > 1)}"
             if case.has_kernel:

@@ -15,7 +15,8 @@ def decode_cases(model: Model) -> list[Case]:
     """The calls of a decoded token, in a short and in a long context. Nothing is computed."""
     cfg, found = model.cfg, dict[object, Case]()
     for context in CONTEXTS:
-        rows = [model.row_format.zeros(1, context)] * cfg.num_layers
+        values = mx.random.normal((1, context, model.row_format.values), key=mx.random.key(context))
+        rows = [model.row_format.store(values)] * cfg.num_layers
         with calls(model_module, model, tokens=1) as made:
             model.step(mx.zeros((1, 1), mx.int32), mx.array([context - 1], mx.int32), rows)
         found.update((case.signature, case) for case in made)

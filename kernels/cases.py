@@ -75,6 +75,8 @@ class Case:
                 words.append(value)
             elif value is not None and parameters[name].default is None:
                 words.append(name)
+            elif isinstance(value, mx.array) and value.dtype == mx.uint8:
+                words.append(f"{name} in 8 bits")
         what = ", ".join(filter(None, words))
         return what if self.function.__name__ == self.op else f"{self.function.__name__} {what}"
 

@@ -74,13 +74,16 @@ def check(case: Case, timed: bool, on_compiled: Callable[[], None] = lambda: Non
 
 
 def difference(got: Sequence[mx.array], expected: Sequence[mx.array]) -> str | None:
-    """In words, or None. Integers must be equal; floats, after the rounding of their type; NaN is equal to NaN."""
+    """In words, or None. Integers must be equal, but for rows of the cache in 8 bits, whose values may be rounded to a
+    neighbour; floats, after the rounding of their type; NaN is equal to NaN."""
     if len(got) != len(expected):
         return f"{len(got)} outputs, its twin {len(expected)}"
     for name, a, b in zip(("first", "second", "third"), got, expected, strict=False):
         if a.shape != b.shape:
             return f"the {name} output has shape {a.shape}, its twin {b.shape}"
-        if mx.issubdtype(a.dtype, mx.integer):
+        if a.dtype == mx.uint8:
+            wrong = a - b + 1 > 2  # modulo 256, as a float16's lower byte may pass into the upper one
+        elif mx.issubdtype(a.dtype, mx.integer):
             wrong = a != b
         else:
             rounding = ROUNDING[a.dtype]

@@ -23,7 +23,7 @@ queries.
 Query i sees the rows before its own and its own. The value is a view of the key: the first R columns of the cache.
 Source: DeepSeek-V2 (arXiv 2405.04434), section 2.1 and appendix C, with k_b absorbed into the query.
 
-The kernels take up to 8 queries and latents of up to 2,048. The context is split among threadgroups, each of which
+The kernels take up to 8 queries and latents of up to 2,048, in 8 bits of up to 512, which they read as they stand. The context is split among threadgroups, each of which
 reads its rows once for a few heads (S * (R + P) values for every group of heads, from the device's cache after the
 first). A second launch (`mla_merge`) adds up the splits and multiplies by v_b. The new rows are made by whoever needs
 them and stored by one. MLX does not know of the write: later readers must depend on `y`, as the next token does. A full
@@ -169,7 +169,7 @@ def mla_decode_ops(
     if row_format.is_packed:
         kv_a = kv_a.astype(mx.float32)  # rounded once, to 8 bits
     q_pe = q.reshape(1, length, heads, -1)[..., -2 * wavelengths.size :].swapaxes(1, 2)
-    kv_a = kv_a[..., -cache.shape[-1] :]
+    kv_a = kv_a[..., -row_format.values :]
     new = mx.concatenate([*latent_rows_ops(kv_a, norm, wavelengths, position)], axis=-1)
     cache = mx.slice_update(cache, row_format.store(new), position, axes=(1,))
     out = attend_ops(q_latent, rope_ops(q_pe, wavelengths, position), cache, scale, position + length)
@@ -240,7 +240,7 @@ def _launches(
     """`room`: rows of the cache, to a power of 2."""
     heads_at_once, simdgroups, rows_at_once, rows_of_split, most, merge_rows, merge_simdgroups = launch_shape(
         "mla_decode",
-        f"{heads} heads, {latent_dim} + {rope_dim}, {room} rows",
+        f"{heads} heads, {latent_dim} + {rope_dim}, {room} rows" + " in 8 bits" * (stored == mx.uint8),
         length,
         HEADS_AT_ONCE=HEADS_AT_ONCE,
         SIMDGROUPS=SIMDGROUPS,
