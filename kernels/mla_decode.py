@@ -23,11 +23,11 @@ queries.
 Query i sees the rows before its own and its own. The value is a view of the key: the first R columns of the cache.
 Source: DeepSeek-V2 (arXiv 2405.04434), section 2.1 and appendix C, with k_b absorbed into the query.
 
-The kernels take up to 8 queries and latents of up to 2,048, in 8 bits of up to 512, which they read as they stand. The context is split among threadgroups, each of which
-reads its rows once for a few heads (S * (R + P) values for every group of heads, from the device's cache after the
-first). A second launch (`mla_merge`) adds up the splits and multiplies by v_b. The new rows are made by whoever needs
-them and stored by one. MLX does not know of the write: later readers must depend on `y`, as the next token does. A full
-cache must be refused by the caller, before.
+The kernels take up to 8 queries and latents of up to 2,048, or of 512 in 8 bits, which they read as they stand. The
+context is split among threadgroups, each of which reads its rows once for a few heads (S * (R + P) values for every
+group of heads, from the device's cache after the first). A second launch (`mla_merge`) adds up the splits and
+multiplies by v_b. The new rows are made by whoever needs them and stored by one. MLX does not know of the write: later
+readers must depend on `y`, as the next token does. A full cache must be refused by the caller, before.
 """
 
 import math

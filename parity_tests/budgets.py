@@ -45,6 +45,7 @@ BUDGETS = {
         1.21,
         "rows of 768 or 1408 columns end within a line, which two threadgroups then touch; worst seen 1.204 (Q4_K)",
     ),
+    "cache fetched": Budget(1.01, "lines that two splits share; worst seen 1.005"),
     "lines of weights": Budget(1 / 0.9, "lines that the loads touch, over the fewest: coalescing of 90 %"),
     "logits, 16-bit": Budget(4e-2, "final norm and output on the reference's input, bfloat16 between them"),
 }

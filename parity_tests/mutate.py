@@ -307,6 +307,8 @@ def cases() -> list[Any]:
         Mla(3, 150, 96, 34, tokens=2, dtype=half),
         Mla(4, 45, 128, 64, dtype=brain),
         Mla(5, 7, 136, 62, tokens=2, room=2100),
+        Mla(5, 70, 96, 34, tokens=3, packed=True),
+        Mla(2, 37, 512, 72, dtype=half, packed=True),
         Mla(1, 2050, 32, 32, room=0),
         Mla(2, 33, 264, 16, tokens=2, kind="F32", values=33),
         Mla(1, 9, 272, 16, kind="F32", values=9),
@@ -325,6 +327,8 @@ def cases() -> list[Any]:
         Call(test_kernels_route.test_neighbouring_floats_are_told_apart),
         Call(test_kernels_mla.test_heads_do_not_share_a_largest_score),
         Call(test_kernels_mla.test_rows_are_written_in_place_and_nothing_else_is),
+        Call(test_kernels_mla.test_new_rows_in_8_bits_are_those_of_the_twin, 5, (96, 10), brain),
+        Call(test_kernels_mla.test_what_is_not_finite_in_8_bits_stays_with_the_queries_that_see_it, float("inf")),
         *(
             Call(test_kernels_launch.test_any_launch_shape_computes_the_same, *s)
             for s in test_kernels_launch.SHAPES[-3:]

@@ -24,13 +24,13 @@ import pytest
 from rich.filesize import decimal
 
 from glm_mlx import checkup, doctor, generate, self_test
-from glm_mlx.cache import STEP
+from glm_mlx.cache import STEP, KvBits
 from glm_mlx.compositions import COMPOSITIONS, NARROW, read_small
 from glm_mlx.isolation import COMPILED, Isolated, LostError, Rows, Variant
 from glm_mlx.load import load_model
 from glm_mlx.make_tiny import TinySpec
 from glm_mlx.model import Model
-from glm_mlx.model_cases import chunk_cases, decode_cases
+from glm_mlx.model_cases import CONTEXTS, chunk_cases, decode_cases
 from kernels import embed, experts_down, experts_gate_up, launcher, mla_decode, qmv
 from kernels.cases import Case
 from kernels.check import Result, check, difference
@@ -123,9 +123,9 @@ def spoil(edit: Edit, op: str) -> None:
     edit(op, lambda text: text + "\nconst int spoilt = not_declared_anywhere;\n")
 
 
-def cases_of(file: str | Path, dtype: mx.Dtype = mx.bfloat16, tokens: int = 1) -> list[Case]:
+def cases_of(file: str | Path, dtype: mx.Dtype = mx.bfloat16, tokens: int = 1, kv_bits: KvBits = 16) -> list[Case]:
     cfg, weights = read_small(file)
-    model = Model(cfg, weights, dtype)
+    model = Model(cfg, weights, dtype, kv_bits)
     return [case for case in (decode_cases(model) if tokens == 1 else chunk_cases(model)) if case.has_kernel]
 
 
@@ -177,6 +177,26 @@ def test_a_kernel_that_is_a_little_off_disagrees(op: str, edit: Edit, model_file
     assert cases
 
 
+IN_8_BITS = {  # text of the rows, and that in error
+    "a scale": (r"largest \* \(1\.0f / 127\.0f\)", "largest * (1.0f / 126.0f)"),
+    "a zero": (r"field<8, 0, 128>", "field<8, 0, 127>"),
+    "an order": (r"const uint part = min\(lane,", "const uint part = min(lane ^ 1,"),
+    "k_pe": (r"k_pe\[pair\] = words\[i\]", "k_pe[pair] = words[i] + 3"),
+}
+
+
+@pytest.mark.parametrize("fault", IN_8_BITS)
+def test_a_fault_in_rows_of_8_bits_disagrees_and_good_ones_agree(fault: str, edit: Edit, model_file: MakeModel) -> None:
+    for dtype in (mx.bfloat16, mx.float32):
+        cases = [case for case in cases_of(model_file(SPEC), dtype, kv_bits=8) if case.op == "mla_decode"]
+        assert all("cache in 8 bits" in case.variant for case in cases)
+        with with_kernels():
+            assert [check(case, timed=False).agrees for case in cases] == [True] * len(CONTEXTS)
+    edit("mla_decode", lambda text: re.sub(*IN_8_BITS[fault], text))
+    with with_kernels():
+        assert [check(case, timed=False).agrees for case in cases] == [False] * len(CONTEXTS)
+
+
 @pytest.mark.parametrize("op", launcher.OPS)
 def test_a_text_that_does_not_compile_is_told_from_one_that_is_wrong(
     op: str, edit: Edit, model_file: MakeModel
@@ -213,6 +233,15 @@ def test_a_difference_is_found_in_any_one_value() -> None:
     assert difference([want], [want[:4]]) is not None
     rounded = mx.random.normal((1000,), key=mx.random.key(0))
     assert difference([rounded.astype(mx.bfloat16)], [rounded]) is None
+
+
+def test_a_value_of_8_bits_that_is_rounded_to_its_neighbour_is_no_difference() -> None:
+    """A quant, and a float16 whose upper byte changes with it."""
+    rows = mx.array([[0, 128, 255, 255, 16]], mx.uint8)
+    for near in ([1, 127, 255, 255, 16], [0, 128, 255, 0, 17], [0, 128, 255, 254, 16]):
+        assert difference([mx.array([near], mx.uint8)], [rows]) is None
+    for far in ([2, 128, 255, 255, 16], [0, 128, 255, 253, 16], [0, 128, 255, 255, 18]):
+        assert "1 of 5 values" in str(difference([mx.array([far], mx.uint8)], [rows]))
 
 
 @pytest.mark.parametrize("name", ["GLM Unsloth Q4_0", "DeepSeek-V2-Lite", "no shared expert, two dense layers"])

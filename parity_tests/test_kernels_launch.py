@@ -55,6 +55,7 @@ TO_TWIN: dict[str, Case] = {
     "experts_gate_up: more than 256 experts": Route(257, 4),
     "mla_decode: latents of 60": Mla(4, 40, latent=60, room=0),
     "mla_decode: latents of 2,056": Mla(1, 4, latent=2056, room=0),
+    "mla_decode: latents of 544 in 8 bits": Mla(1, 4, latent=544, room=0, packed=True),
     "mla_decode: fewer than eight values": Mla(1, 33, latent=6, rope=2, room=0),
 }
 
@@ -98,6 +99,10 @@ SHAPES: list[tuple[Case, dict[str, int]]] = [
     (Down("Q6_K", 9, 8, 768, 16, "Q4_K", 1536), {"ROWS": 3, "MAX_SIMDGROUPS": 32, "DEPTH": 2}),
     (
         Mla(5, 70, 136, 62, tokens=2),
+        {"HEADS_AT_ONCE": 2, "SIMDGROUPS": 3, "ROWS_AT_ONCE": 8, "MERGE_ROWS": 5},
+    ),
+    (
+        Mla(5, 70, 96, 62, tokens=2, packed=True),
         {"HEADS_AT_ONCE": 2, "SIMDGROUPS": 3, "ROWS_AT_ONCE": 8, "MERGE_ROWS": 5},
     ),
     (

@@ -7,10 +7,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from kernels import experts_down, experts_gate_up, launcher, qmv
+from kernels import experts_down, experts_gate_up, launcher, mla_decode, qmv
 from kernels.planes import QUANT_TYPES, SUPER, Weight
 from parity_tests.budgets import BUDGETS, record
-from parity_tests.kernel_cases import KINDS, Case, Down, GateUp, Qmv, block, on_gpu
+from parity_tests.kernel_cases import KINDS, Case, Down, GateUp, Mla, Qmv, block, on_gpu
 from parity_tests.msl import BufferTraffic, LaunchReport, executing
 
 ROWS = 64  # whole threadgroups
@@ -21,6 +21,7 @@ GLM = [
     GateUp("Q4_0", 8, 4, ROWS, 2048, "Q5_K", ROWS, tokens=3, dtype=mx.bfloat16),
     Down("Q4_1", 6, 4, 1536, ROWS, "Q6_K", 1536, tokens=3, dtype=mx.bfloat16),
 ]
+WIDE_ROWS = {False: 2 * 576, True: 672}  # bytes of a row of GLM-4.7-Flash's cache, in bfloat16 and in 8 bits
 NARROW = [
     *(Qmv((kind,), (ROWS,), 768) for kind in KINDS),  # q_b
     *(Down(kind, 6, 6, 1408, ROWS, kind, 2816) for kind in KINDS if block(kind) != SUPER),  # DeepSeek-V2-Lite
@@ -87,6 +88,17 @@ def test_rows_of_part_of_a_line_cost_little_more(case: Case) -> None:
     report = trace(case)
     for name, w, times, _ in weights_read(case):
         check_fetched("weights fetched, narrow", report, name, w, times, str(case))
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["bfloat16", "8 bits"])
+def test_a_group_of_heads_fetches_the_cache_once_as_it_stands(packed: bool) -> None:
+    case = Mla(mla_decode.HEADS_AT_ONCE, 1025, 512, 64, dtype=mx.bfloat16, packed=packed)
+    with executing() as reports:
+        mx.eval(case.kernel())
+    cache = reports[0].buffer("cache")
+    assert cache.unique_read == 1024 * WIDE_ROWS[packed]
+    assert cache.unique_written == WIDE_ROWS[packed]
+    check_ratio("cache fetched", cache.fetched / (1025 * WIDE_ROWS[packed]), str(case))
 
 
 def planes_of(report: LaunchReport, name: str, w: Weight) -> list[BufferTraffic]:
