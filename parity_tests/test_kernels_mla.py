@@ -100,17 +100,16 @@ def test_rows_in_8_bits_agree_with_float64_at_real_shapes(case: Mla) -> None:
 @pytest.mark.parametrize("tokens", [1, 5])
 def test_new_rows_in_8_bits_are_those_of_the_twin(tokens: int, widths: tuple[int, int], dtype: mx.Dtype) -> None:
     """Bit for bit, from the same float32 values: those that the kernel stores where rows are float32. It writes these
-    rows and nothing else. One latent of several is zero, and the last 32 values of all are so small that the scale has few
-    bits left."""
+    rows and nothing else. One latent of several is zero, and the last 32 values of all are so small that their scale
+    has few bits left."""
     case = Mla(3, 37, *widths, tokens=tokens, dtype=dtype, packed=True)
     q_latent, q, kv_a, norm, wavelengths, cache, position = case.inputs
     kv_a[:, 1:2, : widths[0]] = 0
     small = mx.arange(widths[0]) >= widths[0] - 32
     norm = Norm(mx.where(small, 1e-5 * norm.weight, norm.weight), norm.eps)
     before, width = np.array(cache), sum(widths)
-    run(
-        lambda: [mla_decode(q_latent, q, kv_a, norm, wavelengths, cache, position, case.scale, case.v_b)[0]], launches=2
-    )
+    others = norm, wavelengths, cache, position, case.scale, case.v_b
+    run(lambda: [mla_decode(q_latent, q, kv_a, *others)[0]], launches=2)
     floats = [x.astype(mx.float32) for x in (q_latent, q, kv_a)]
     exact = mx.contiguous(mx.zeros((1, cache.shape[1], width)) + 0)
     run(lambda: [mla_decode(*floats, norm, wavelengths, exact, position, case.scale, case.v_b)[0]], launches=2)
