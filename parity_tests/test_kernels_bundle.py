@@ -1,11 +1,16 @@
 """Weights of one launch in one array: the same values, the same results, and one array for the launch."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
+from glm_mlx.load import load_model
+from glm_mlx.make_tiny import TinySpec
+from glm_mlx.model import Model
 from kernels import launcher
 from kernels.experts_down import experts_down
 from kernels.experts_gate_up import experts_gate_up
@@ -13,6 +18,7 @@ from kernels.mla_decode import mla_decode
 from kernels.planes import QUANT_TYPES, QuantizedTensor, Weight, bundled, dequantize_ops
 from kernels.qmv import Norm, absorb, qmv, qmv_all
 from kernels.route import Router
+from parity_tests.conftest import MakeModel
 from parity_tests.kernel_cases import bits, random_array, random_weight, run
 
 Op = Callable[[Sequence[Weight]], Sequence[mx.array]]
@@ -115,3 +121,63 @@ def test_weights_of_two_bundles_are_read_from_their_planes() -> None:
     with launcher.recording() as seen:
         qmv_all(x, [one, two])
     assert len(seen[0][1]) == 1 + 4
+
+
+def test_a_model_on_a_gpu_moves_what_each_launch_reads_into_one_array(
+    model_file: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The arrays that were loaded are let go, and the model computes the same."""
+    loaded = load_model(model_file(TinySpec()))
+    weights, ids = dict(loaded.weights), mx.array([[5, 6, 7]])
+    with monkeypatch.context() as patch:
+        patch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+        model = Model(loaded.model.cfg, weights, mx.float32)
+    for layer in model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        groups = [(attention.q_a_proj, attention.kv_a_proj), (attention.q_b_proj,), (attention.o_proj,)]
+        groups += [(mlp.gate_proj, mlp.up_proj), (mlp.down_proj,)]
+        assert all(launcher.layout(*group) is not None for group in groups)
+    kept = [
+        weights[name] for name, old in loaded.weights.items() if name.endswith("down_proj") and weights[name] is old
+    ]
+    assert kept == []
+    both = [m.logits(m.hidden_states(ids, m.new_cache())) for m in (model, loaded.model)]
+    assert bits(both[0]) == bits(both[1])
+
+
+def cuda_header(monkeypatch: pytest.MonkeyPatch, cache: Path) -> str:
+    """What the launcher gives to MLX's CUDA back end as the header of a kernel."""
+    given: dict[str, Any] = {}
+
+    def back_end(**options: Any) -> Callable[..., list[mx.array]]:
+        given.update(options)
+        return lambda **_: []
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    monkeypatch.setattr(mx.fast, "cuda_kernel", back_end)
+    launcher.prepare(
+        back_end,
+        "embed",
+        inputs=["tokens"],
+        weights={"W": ("Q4_0", (16, 64))},
+        outputs={"y": ((1, 64), mx.float32)},
+        template={},
+        threadgroups=(1, 1, 1),
+        simdgroups=1,
+    )
+    return str(given["header"])
+
+
+def test_on_cuda_a_text_is_included_from_a_file_that_holds_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """MLX hashes what it is given before each launch. A damaged file is written anew."""
+    line = cuda_header(monkeypatch, tmp_path)
+    assert len(line) < 300
+    file = Path(line.removeprefix('#include "').rstrip('"\n'))
+    text = file.read_text()
+    assert "#define W Scaled<Linear<4, 8>, 64>" in text
+    file.write_text("damaged")
+    assert cuda_header(monkeypatch, tmp_path) == line
+    assert file.read_text() == text
+    (tmp_path / "a file").write_text("")
+    assert cuda_header(monkeypatch, tmp_path / "a file") == text
+    assert cuda_header(monkeypatch, tmp_path / 'a "quote"') == text
