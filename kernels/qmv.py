@@ -31,8 +31,8 @@ gather_qmv_ops(x, w, experts, sorted_indices) -> y
 
 The kernel takes up to 8 rows of x (of each head), reads the planes of each matrix once, at the file's own bits, and
 keeps the normed x in float32. A simdgroup computes a few rows of one matrix: all its lanes share a row of 512 columns
-or more, 8 or 16 of them a shorter one. More rows of x go to MLX's matmul, for which the weights are never expanded,
-except IQ4_NL's, which its affine form cannot hold.
+or more, 8 or 16 of them a shorter one. More rows of x go to MLX's matmul in float32, for which the weights are never
+expanded, except IQ4_NL's, which its affine form cannot hold; or, where that is faster, to `kernels.wide`.
 """
 
 import math
@@ -42,7 +42,7 @@ from functools import cache
 
 import mlx.core as mx
 
-from kernels import launcher
+from kernels import launcher, wide
 from kernels.planes import GROUP, Affine, QuantizedTensor, Weight, dequantize_ops, group_scales
 from kernels.shapes import launch_shape, matrix_names
 
@@ -261,6 +261,8 @@ def _launch(
 
 
 def qmv_ops(x: mx.array, w: Weight) -> mx.array:
+    if wide.applies(x.shape[-2], x.dtype):
+        return wide.matmul(x, w)
     if isinstance(w, mx.array) and w.dtype == x.dtype:
         return x @ w.swapaxes(-1, -2)
     x32 = x.astype(mx.float32)
