@@ -20,7 +20,7 @@ nothing is padded. Beside the planes stand scales and biases in float32: for GLM
 
 import mlx.core as mx
 
-from kernels import launcher
+from kernels import launcher, wide
 from kernels.experts_gate_up import swiglu_ops
 from kernels.planes import Weight
 from kernels.qmv import gather_qmv_ops, qmv_ops
@@ -64,6 +64,8 @@ def moe_prefill(
 
 def by_expert(x: mx.array, w: Weight, experts: mx.array) -> mx.array:
     """x (N, cols), w (E, rows, cols), experts (N,) ascending -> (N, rows)"""
+    if wide.applies(x.shape[0], x.dtype):
+        return wide.by_expert(x, w, experts)
     return gather_qmv_ops(x[:, None], w, experts[:, None], sorted_indices=True)[:, 0]
 
 

@@ -4,6 +4,9 @@ matmul(x, w) -> (..., L, rows), like `qmv_ops`
     x  (..., L, cols)     bfloat16 or float16
     w  (..., rows, cols)  a `Weight`, the leading dimensions those of x; its values are rounded once, to the dtype of x
 
+by_expert(x, w, experts) -> (N, rows)
+    x  (N, cols), w (E, rows, cols), experts (N,) ascending
+
 attend(q_latent, q_pe, rows, scale) -> (B, H, L, R), like `attend_ops`
     q_latent  (B, H, L, R), q_pe (B, H, L, P)
     rows      (B, S, R + P)  all valid, the last L of them those of the queries
@@ -18,7 +21,8 @@ Queries, keys, scores and probabilities are float16: three bits more than bfloat
 
 import mlx.core as mx
 
-from kernels.planes import GROUP, QuantizedTensor, Weight, dequantize_ops, group_scales
+from kernels.expand import expand
+from kernels.planes import Weight
 
 LEAST_TOKENS = 64  # from which on expanding a weight is cheaper than its float32 matmul
 SCORES = 160 << 20  # values of 2 bytes, of which two copies live at once
@@ -40,20 +44,9 @@ def matmul(x: mx.array, w: Weight) -> mx.array:
     return x @ expand(w, x.dtype).swapaxes(-1, -2)
 
 
-def expand(w: Weight, dtype: mx.Dtype) -> mx.array:
-    """The values of a weight, each rounded once."""
-    if isinstance(w, mx.array):
-        return w.astype(dtype)
-    if not is_affine(w):
-        return dequantize_ops(w).astype(dtype)
-    scales, mins = group_scales(w)
-    biases = -w.type.zero * scales if mins is None else mins
-    return mx.dequantize(w.quants, scales, biases, GROUP, w.type.bits).astype(dtype)
-
-
-def is_affine(w: QuantizedTensor) -> bool:
-    """Whether scale * q + bias with groups of 32 is what the type means."""
-    return w.type.name not in ("Q6_K", "IQ4_NL")
+def by_expert(x: mx.array, w: Weight, experts: mx.array) -> mx.array:
+    values = expand(w, x.dtype).swapaxes(-1, -2)
+    return mx.gather_mm(x[:, None], values, rhs_indices=experts, sorted_indices=True)[:, 0]
 
 
 def attend(q_latent: mx.array, q_pe: mx.array, rows: mx.array, scale: float) -> mx.array:
