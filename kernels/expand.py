@@ -5,7 +5,8 @@ expand(w, dtype) -> y, and the same with `_ops`
     dtype  bfloat16 or float16
     y      (..., rows, cols)  dtype; each value is rounded once
 
-The kernel reads the planes once, at the file's own bits, and writes 16 bytes a thread.
+The kernel reads the planes once, at the file's own bits, and writes 16 bytes a thread. It is compiled once for each
+type and dtype.
 """
 
 import math
@@ -14,7 +15,7 @@ from functools import cache
 import mlx.core as mx
 
 from kernels import launcher
-from kernels.planes import GROUP, QuantizedTensor, Weight, dequantize_ops, group_scales
+from kernels.planes import GROUP, SUPER, QuantizedTensor, Weight, dequantize_ops, group_scales
 
 SIMDGROUPS = 8  # of a threadgroup
 
@@ -36,26 +37,27 @@ def is_affine(w: QuantizedTensor) -> bool:
 
 def expand(w: Weight, dtype: mx.Dtype) -> mx.array:
     back_end = launcher.back_end("expand") if isinstance(w, QuantizedTensor) else None
-    if back_end is None or not launcher.fits(w):
+    if back_end is None or not isinstance(w, QuantizedTensor) or not launcher.fits(w):
         return expand_ops(w, dtype)
-    return _launch(back_end, dtype, launcher.kind(w), launcher.layout(w))(*launcher.arrays(w))[0]
+    launch, chunks = _launch(back_end, dtype, w.type.name, w.shape)
+    return launch(chunks, *w.planes)[0]  # not its bundle: where that begins would be a part of the text
 
 
 @cache
 def _launch(
-    back_end: launcher.BackEnd, dtype: mx.Dtype, kind: launcher.Kind, layout: launcher.Layout | None
-) -> launcher.Launch:
-    shape = kind[1]
+    back_end: launcher.BackEnd, dtype: mx.Dtype, kind: str, shape: tuple[int, ...]
+) -> tuple[launcher.Launch, mx.array]:
+    """And its first input. Nothing that is compiled depends on the shape: compiling takes longer than a prompt."""
     launcher.require("expand", (dtype in (mx.bfloat16, mx.float16), f"values of {dtype}; 16 bits are written"))
-    chunks = math.prod(shape) // 8
-    return launcher.prepare(
+    count = math.prod(shape) // 8
+    launch = launcher.prepare(
         back_end,
         "expand",
-        inputs=[],
-        weights={"W": kind},
-        layout=layout,
+        inputs=["chunks"],
+        weights={"W": (kind, (SUPER,))},
         outputs={"y": (shape, dtype)},
-        template={"T": dtype, "COLS": shape[-1], "CHUNKS": chunks, "SIMDGROUPS": SIMDGROUPS},
-        threadgroups=(-(-chunks // (launcher.LANES * SIMDGROUPS)), 1, 1),
+        template={"T": dtype, "SIMDGROUPS": SIMDGROUPS},
+        threadgroups=(-(-count // (launcher.LANES * SIMDGROUPS)), 1, 1),
         simdgroups=SIMDGROUPS,
     )
+    return launch, mx.array([count], mx.uint32)

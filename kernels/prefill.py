@@ -16,6 +16,7 @@ The same as `experts_gate_up` and then `experts_down`, with their roundings, for
 permutation serves gate, up and down, and is undone where the weighted sum is taken. With N = T * K choices, each of the
 three is one matmul of MLX over the planes, `gather_qmm` with sorted indices: no expert without a choice is read, and
 nothing is padded. Beside the planes stand scales and biases in float32: for GLM-4.7-Flash in Q4_0, 50 MB a matrix.
+Where `kernels.wide` applies it is `gather_mm` over all experts in 16 bits, 400 MB a matrix, of which two are alive.
 """
 
 import mlx.core as mx
@@ -53,6 +54,8 @@ def moe_prefill(
     order = mx.argsort(experts.reshape(-1))
     chosen = experts.reshape(-1)[order]  # (N,), ascending
     rows = x.reshape(-1, x.shape[-1])[order // router.top_k]  # (N, D)
+    if wide.applies(len(rows), x.dtype):
+        wide.start(rows)
     hidden = swiglu_ops(by_expert(rows, gate, chosen), by_expert(rows, up, chosen))  # (N, F)
     routed = unsort(by_expert(hidden, down, chosen), order)  # (N, D)
     y = (routed.reshape(*experts.shape, -1).astype(mx.float32) * weights[..., None]).sum(axis=-2)

@@ -9,7 +9,7 @@ by_expert(x, w, experts) -> (N, rows)
 
 attend(q_latent, q_pe, rows, scale) -> (B, H, L, R), like `attend_ops`
     q_latent  (B, H, L, R), q_pe (B, H, L, P)
-    rows      (B, S, R + P)  all valid, the last L of them those of the queries
+    rows      (B, S, width)  as a cache holds them (rows.py), all valid, the last L of them those of the queries
 
 `qmv_ops` and `attend_ops` ask `applies` and come here where it is faster. Expanding a weight costs a few bytes a value,
 which many tokens share; the values live until their matmul is done.
@@ -17,17 +17,22 @@ which many tokens share; the values live until their matmul is done.
 Attention takes so few queries at once that their scores against all rows are within a bound, and needs no merging.
 Queries, keys, scores and probabilities are float16: three bits more than bfloat16 has, and a score of 16 is off by
 0.008 at most. Softmax is computed in float32.
+
+MLX allocates when it hands work over, and frees when the GPU has done it: a host that runs ahead would have the
+expanded experts of many layers in memory. So each bank of experts, each turn of attention and each layer is `start`ed.
 """
 
 import mlx.core as mx
 
 from kernels.expand import expand
 from kernels.planes import Weight
+from kernels.rows import RowFormat
 
 LEAST_TOKENS = 64  # from which on expanding a weight is cheaper than its float32 matmul
-SCORES = 160 << 20  # values of 2 bytes, of which two copies live at once
+SCORES = 48 << 20  # values of 2 bytes, of which two copies may live at once
 QUERIES = 512  # of each head and sequence, at once
 ALIGNED = 32  # queries: as many at once as are a multiple of it, where there are so many
+_started: list[mx.array] = []  # what `start` has not waited for: one at most
 
 
 def applies(tokens: int, dtype: mx.Dtype) -> bool:
@@ -46,12 +51,24 @@ def matmul(x: mx.array, w: Weight) -> mx.array:
 
 def by_expert(x: mx.array, w: Weight, experts: mx.array) -> mx.array:
     values = expand(w, x.dtype).swapaxes(-1, -2)
-    return mx.gather_mm(x[:, None], values, rhs_indices=experts, sorted_indices=True)[:, 0]
+    return start(mx.gather_mm(x[:, None], values, rhs_indices=experts, sorted_indices=True)[:, 0])
+
+
+def start(result: mx.array) -> mx.array:
+    """Hands over the work for a result and waits for that of the one before: the scratch of two is alive at once."""
+    mx.async_eval(result)
+    while _started:
+        mx.eval(_started.pop())
+    _started.append(result)
+    return result
 
 
 def attend(q_latent: mx.array, q_pe: mx.array, rows: mx.array, scale: float) -> mx.array:
     batch, heads, length, latent_dim = q_latent.shape
-    keys = rows.astype(mx.float16)
+    row_format = RowFormat(latent_dim, q_pe.shape[-1], rows.dtype)
+    keys = row_format.load(rows, mx.float16)
+    if row_format.is_packed:
+        start(keys)
     values = mx.contiguous(keys[..., :latent_dim])
     at_once = queries_at_once(batch * heads, rows.shape[1])
     parts: list[mx.array] = []
@@ -60,15 +77,13 @@ def attend(q_latent: mx.array, q_pe: mx.array, rows: mx.array, scale: float) -> 
         count, seen = end - begin, rows.shape[1] - length + end  # seen: by the last of these queries
         q = mx.concatenate([q_latent[:, :, begin:end], q_pe[:, :, begin:end]], axis=-1)
         q = (q.astype(mx.float32) * scale).astype(mx.float16)
-        if parts:
-            q = mx.depends(q, parts[-1])  # one after the other, or the scores of all would be alive together
         # All heads share the cache, so they are rows of one matmul.
         scores = q.reshape(batch, heads * count, -1) @ keys[:, :seen].swapaxes(-1, -2)
         visible = mx.arange(seen) <= seen - count + mx.arange(count)[:, None]
         scores = mx.where(visible, scores.reshape(batch, heads, count, seen), mx.array(-mx.inf, mx.float16))
         probabilities = mx.softmax(scores, axis=-1, precise=True).reshape(batch, heads * count, seen)
         out = (probabilities @ values[:, :seen]).reshape(batch, heads, count, latent_dim)
-        parts.append(out.astype(q_latent.dtype))
+        parts.append(start(out.astype(q_latent.dtype)))
     return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)
 
 
