@@ -102,8 +102,8 @@ def _qmv(
     if back_end is None or tiny or x.shape[-1] % 8 or not launcher.fits(*weights):
         # In float32 where the result is: the router's norm is not rounded first.
         x = x[..., : weights[0].shape[-1]] if x.shape[-1] > weights[0].shape[-1] else x
-        wide = x.astype(mx.float32) if dtype == mx.float32 else x
-        normed = wide if norm is None else norm(wide)
+        exact = x.astype(mx.float32) if dtype == mx.float32 else x
+        normed = exact if norm is None else norm(exact)
         ys = [qmv_ops(normed, w).astype(dtype) for w in weights]
         ys = [y if residual is None else residual + y for y in ys]
         return [*ys, normed.astype(x.dtype)] if normed_too else ys
