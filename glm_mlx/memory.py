@@ -141,7 +141,8 @@ def plan_memory(
         cache = cfg.num_layers * whole_steps(tokens) * rows.nbytes
         scratch = _scratch_nbytes(cfg, beside, dtype, rows, chunk, tokens)
         if wide.applies(min(chunk, tokens), dtype):  # then only the end of a prompt may be computed as elsewhere
-            scratch = max(_wide_nbytes(cfg, rows, chunk, tokens), _scratch_nbytes(cfg, beside, dtype, rows, FEW, tokens))
+            few = _scratch_nbytes(cfg, beside, dtype, rows, FEW, tokens)
+            scratch = max(few, _wide_nbytes(cfg, rows, chunk, tokens))
         return MemoryPlan(tokens, weights, cache, scratch, min(scratch, MOST_KEPT), available, source, largest)
 
     largest = _last(lambda tokens: plan(tokens).fits, cfg.context_length)

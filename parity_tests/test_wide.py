@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from glm_mlx import checkup
+from glm_mlx.cache import KvBits
 from glm_mlx.engine import PREFILL_CHUNK, WIDE_CHUNK, Engine, prefill_chunk
 from glm_mlx.load import load_model
 from glm_mlx.model_cases import prompt_cases
@@ -16,6 +17,7 @@ from kernels.check import check as check_kernel
 from kernels.mla_decode import attend_ops
 from kernels.planes import QuantizedTensor
 from kernels.qmv import head_qmv_ops, qmv_ops
+from kernels.rows import RowFormat
 from parity_tests.budgets import check
 from parity_tests.compare import compare_layers, to_numpy
 from parity_tests.conftest import MakeModel
@@ -90,6 +92,18 @@ def test_attention_agrees_with_float64_and_sees_no_later_row(
     monkeypatch.setattr(wide, "queries_at_once", lambda heads, rows: at_once)
     q, rows = queries_and_rows(2, length, offset + length)
     attention_errors(q, rows, offset, f"{length} queries at {offset}, {at_once} at once")
+
+
+def test_rows_in_8_bits_are_those_that_are_stored() -> None:
+    """A value is the product of a quant and a float16, which float16 rounds as it would the exact value."""
+    q, values = queries_and_rows(1, 64, 96)
+    packed = RowFormat(LATENT, values.shape[-1] - LATENT, mx.uint8)
+    rows = packed.store(mx.array(values))
+    assert (packed.load(rows, mx.float16) == packed.load(rows).astype(mx.float16)).all()
+    q16 = mx.array(q).astype(mx.bfloat16)
+    got = wide.attend(q16[..., :LATENT], q16[..., LATENT:], rows, 0.25)
+    want = [attention_by_hand(*one, 32) for one in zip(to_numpy(q16), to_numpy(packed.load(rows)), strict=True)]
+    check("attention, 16-bit", to_numpy(got), want, "rows in 8 bits")
 
 
 def test_scores_of_some_tens_stay_near_float64() -> None:
@@ -180,10 +194,13 @@ def test_a_prompt_is_read_in_larger_chunks_there(model_file: MakeModel, monkeypa
     assert prefill_chunk(mx.float32) == PREFILL_CHUNK
 
 
+@pytest.mark.parametrize("kv_bits", [16, 8])
 @pytest.mark.parametrize("context", [512, 2048, 32_768, 202_752])
-def test_the_plan_has_at_most_a_gigabyte_and_a_half_of_scratch(context: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_plan_has_at_most_a_gigabyte_and_a_half_of_scratch(
+    context: int, kv_bits: KvBits, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """For GLM-4.7-Flash: two banks of 403 MB and the hidden values of four experts a token."""
     monkeypatch.setattr(wide, "_on_cuda", lambda: True)
     monkeypatch.setattr(checkup, "activation_dtype", lambda: mx.bfloat16)
-    scratch = checkup.glm_flash_memory(context).scratch
+    scratch = checkup.glm_flash_memory(context, kv_bits).scratch
     assert 2 * 2 * 64 * 1536 * 2048 < scratch <= 1.5e9
