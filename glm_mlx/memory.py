@@ -18,6 +18,7 @@ from glm_mlx.packing import packed_nbytes
 from kernels import wide
 from kernels.mla_decode import QUERIES, block_rows
 from kernels.rows import RowFormat
+from kernels.tiles import tiles_shape
 
 LEAST_CONTEXT = 512  # tokens; a machine that has no room for more is too small for the model
 FEW = wide.LEAST_TOKENS - 1  # the most tokens that are computed in the same way on all back ends
@@ -217,22 +218,26 @@ def _wide_nbytes(cfg: Config, rows: RowFormat, chunk: int, context: int) -> int:
     """The most that `kernels.wide` has alive, whose turns MLX is made to take: at most two at once.
 
     Turns of attention, each with scores in float16 twice, and beside the first of them the end of the layer before;
-    or two banks of experts, expanded to 16 bits. With attention: the rows of a layer once more, as they are changed,
-    and as keys and values in float16; queries, results, and the matrices for both. With experts: the hidden values,
-    for a while in float32. Rows in 8 bits become keys in a turn of their own.
+    or two products with the experts of a few tiles, expanded to 16 bits. With attention: the rows of a layer once more,
+    as they are changed, and as keys and values in float16; queries, results, and the matrices for both. With experts:
+    the rows of all tiles twice, before and after, or as parts and as one; the hidden values of a few; then what is
+    added up, for a while in float32. Rows in 8 bits become keys in a turn of their own.
     """
     tokens, heads, row, hidden = min(chunk, context), cfg.num_heads, cfg.cache_dim, cfg.hidden_size
     turn = 2 * 2 * heads * min(tokens, wide.queries_at_once(heads, context)) * context
     matrices = 2 * 2 * hidden * heads * cfg.v_head_dim  # o_proj, and about as much again
     keys, values = rows.nbytes + 2 * row, 2 * cfg.kv_lora_rank
     attention = (keys + values) * context + 2 * tokens * heads * 5 * row + matrices
-    bank = 2 * cfg.num_experts * cfg.moe_intermediate_size * hidden
-    chosen = 2 * tokens * cfg.num_experts_per_tok
-    experts = chosen * 5 * (cfg.moe_intermediate_size + hidden)
+    chosen, width = tokens * cfg.num_experts_per_tok, cfg.moe_intermediate_size
+    tiles, tile_rows = tiles_shape(chosen, cfg.num_experts)
+    at_once = min(tiles, wide.TILES)
+    few = 2 * at_once * width * hidden
+    hidden_values = 2 * 5 * at_once * tile_rows * width
+    experts = 2 * hidden * (2 * tiles * tile_rows + 5 * chosen)
     dense = 2 * cfg.intermediate_size * (3 * hidden + 5 * tokens)
     before = max(experts, dense)
     loading = (keys + 2 * values) * context + before if rows.is_packed else 0
-    return max(attention + turn + max(turn, before), loading, 2 * bank + experts)
+    return max(attention + turn + max(turn, before), loading, 2 * few + hidden_values + experts)
 
 
 def machine_memory() -> tuple[int, str]:

@@ -286,7 +286,9 @@ def gather_qmv_ops(x: mx.array, w: Weight, experts: mx.array, sorted_indices: bo
     if experts.size <= w.shape[0] and not (isinstance(w, QuantizedTensor) and w.affine):
         # Few rows: deriving the affine scales of the chosen experts alone is cheaper than of all.
         return qmv_ops(x[..., None, :], w[experts])[..., 0, :]
-    x32 = x.astype(mx.float32)[..., None, :]
+    # Not x[..., None, :]: a new axis has stride 1, which MLX's gather_mm for sorted indices takes for a row's length
+    # (ml-explore/mlx#3960 for Metal).
+    x32 = x.astype(mx.float32).reshape(*x.shape[:-1], 1, x.shape[-1])
     if isinstance(w, mx.array) or w.type.name == "IQ4_NL":
         w_t = dequantize_ops(w).swapaxes(-1, -2)
         y = mx.gather_mm(x32, w_t, rhs_indices=experts, sorted_indices=sorted_indices)

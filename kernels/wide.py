@@ -4,8 +4,8 @@ matmul(x, w) -> (..., L, rows), like `qmv_ops`
     x  (..., L, cols)     bfloat16 or float16
     w  (..., rows, cols)  a `Weight`, the leading dimensions those of x; its values are rounded once, to the dtype of x
 
-by_expert(x, w, experts) -> (N, rows)
-    x  (N, cols), w (E, rows, cols), experts (N,) ascending
+by_tile(x, w, experts) -> (tiles, rows of a tile, rows)
+    x  (tiles, rows of a tile, cols), w (E, rows, cols), experts (tiles,) uint32: see tiles.py
 
 attend(q_latent, q_pe, rows, scale) -> (B, H, L, R), like `attend_ops`
     q_latent  (B, H, L, R), q_pe (B, H, L, P)
@@ -19,7 +19,8 @@ Queries, keys, scores and probabilities are float16: three bits more than bfloat
 0.008 at most. Softmax is computed in float32.
 
 MLX allocates when it hands work over, and frees when the GPU has done it: a host that runs ahead would have the
-expanded experts of many layers in memory. So each bank of experts, each turn of attention and each layer is `start`ed.
+expanded experts of many layers in memory. So each product with `TILES` experts, each turn of attention and each layer
+is `start`ed.
 """
 
 import mlx.core as mx
@@ -29,6 +30,7 @@ from kernels.planes import Weight
 from kernels.rows import RowFormat
 
 LEAST_TOKENS = 64  # from which on expanding a weight is cheaper than its float32 matmul
+TILES = 32  # whose experts are expanded at once: 200 MB of GLM-4.7-Flash
 SCORES = 48 << 20  # values of 2 bytes, of which two copies may live at once
 QUERIES = 512  # of each head and sequence, at once
 ALIGNED = 32  # queries: as many at once as are a multiple of it, where there are so many
@@ -49,9 +51,8 @@ def matmul(x: mx.array, w: Weight) -> mx.array:
     return x @ expand(w, x.dtype).swapaxes(-1, -2)
 
 
-def by_expert(x: mx.array, w: Weight, experts: mx.array) -> mx.array:
-    values = expand(w, x.dtype).swapaxes(-1, -2)
-    return start(mx.gather_mm(x[:, None], values, rhs_indices=experts, sorted_indices=True)[:, 0])
+def by_tile(x: mx.array, w: Weight, experts: mx.array) -> mx.array:
+    return start(x @ expand(w, x.dtype, experts).swapaxes(-1, -2))
 
 
 def start(result: mx.array) -> mx.array:

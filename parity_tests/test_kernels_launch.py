@@ -238,6 +238,7 @@ MISFITS: dict[str, Callable[[], Sequence[mx.array | None]]] = {
     "experts_gate_up: more experts than there are": lambda: gate_up(top_k=9),
     "experts_gate_up: bias too short": lambda: gate_up(bias=mx.zeros((7,))),
     "expand: to float32": lambda: [expand(W, mx.float32)],
+    "expand: experts of a matrix": lambda: [expand(W, mx.bfloat16, mx.zeros(8, mx.uint32))],
     "embed: tokens of another type": lambda: [embed(W, mx.zeros((1, 2), mx.uint32), mx.float32)],
     "mla_decode: v_b of other heads": lambda: mla_decode(*MLA.inputs, MLA.scale, MLA.v_b[:3]),
 }

@@ -1,7 +1,5 @@
 """A prompt in 16 bits: the weights' values and the results are rounded once each, and nobody sees a later row."""
 
-from typing import Any
-
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -18,6 +16,7 @@ from kernels.mla_decode import attend_ops
 from kernels.planes import QuantizedTensor
 from kernels.qmv import head_qmv_ops, qmv_ops
 from kernels.rows import RowFormat
+from kernels.tiles import tiles_shape
 from parity_tests.budgets import check
 from parity_tests.compare import compare_layers, to_numpy
 from parity_tests.conftest import MakeModel
@@ -32,15 +31,8 @@ MANY = wide.LEAST_TOKENS
 
 @pytest.fixture
 def on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU, as far as this module is concerned. MLX's gather_mm has no 16 bits on a CPU."""
-    gather = mx.gather_mm
-
-    def in_float32(a: mx.array, b: mx.array, **options: Any) -> mx.array:
-        return gather(a.astype(mx.float32), b.astype(mx.float32), **options).astype(a.dtype)
-
+    """As on a GPU, as far as this module is concerned."""
     monkeypatch.setattr(wide, "_on_cuda", lambda: True)
-    if mx.default_device() == mx.Device(mx.cpu):
-        monkeypatch.setattr(mx, "gather_mm", in_float32)
 
 
 def test_only_many_tokens_in_16_bits_on_cuda_come_here(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,18 +124,22 @@ def test_a_result_that_is_started_waits_for_the_one_before_and_no_other(monkeypa
     assert calls == [("async_eval", 1), ("eval", 0), ("async_eval", 2), ("eval", 1)]
 
 
-def test_a_layer_has_the_experts_of_one_matrix_at_a_time_beside_the_next(
+def test_a_layer_has_the_experts_of_a_few_tiles_at_a_time_beside_the_next(
     model_file: MakeModel, on_cuda: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is expanded for experts is started, in turn, and nothing that is large lies between two turns."""
     started: list[tuple[int, ...]] = []
+    monkeypatch.setattr(wide, "TILES", 4)
     monkeypatch.setattr(wide, "start", lambda result: started.append(tuple(result.shape)) or result)
     loaded = load_model(model_file(VARIANTS["GLM Q4_0, output Q6_K"]), mx.bfloat16)
     cfg, count = loaded.config, MANY
     loaded.model.hidden_states(mx.array([tokens(count)]) % cfg.vocab_size, loaded.model.new_cache())
-    n, d, f = count * cfg.num_experts_per_tok, cfg.hidden_size, cfg.moe_intermediate_size
+    tiles, rows = tiles_shape(count * cfg.num_experts_per_tok, cfg.num_experts)
+    d, f = cfg.hidden_size, cfg.moe_intermediate_size
     attention, layer = (1, cfg.num_heads, count, cfg.kv_lora_rank), (1, count, d)
-    moe = [(n, d), (n, f), (n, f), (n, d)]
+    turns = [min(4, tiles - begin) for begin in range(0, tiles, 4)]
+    moe = [(tiles, rows, d), *[(some, rows, width) for some in turns for width in (f, f, d)]]
+    assert len(turns) > 1
     assert started == [attention, layer, *[attention, *moe, layer] * (cfg.num_layers - cfg.first_k_dense)]
 
 
@@ -199,8 +195,8 @@ def test_a_prompt_is_read_in_larger_chunks_there(model_file: MakeModel, monkeypa
 def test_the_plan_has_at_most_a_gigabyte_and_a_half_of_scratch(
     context: int, kv_bits: KvBits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For GLM-4.7-Flash: two banks of 403 MB and the hidden values of four experts a token."""
+    """For GLM-4.7-Flash: the experts of 32 tiles twice, 201 MB each, and the rows of all tiles."""
     monkeypatch.setattr(wide, "_on_cuda", lambda: True)
     monkeypatch.setattr(checkup, "activation_dtype", lambda: mx.bfloat16)
     scratch = checkup.glm_flash_memory(context, kv_bits).scratch
-    assert 2 * 2 * 64 * 1536 * 2048 < scratch <= 1.5e9
+    assert 2 * 2 * 32 * 1536 * 2048 < scratch <= 1.5e9
