@@ -43,9 +43,8 @@ def expand(w: Weight, dtype: mx.Dtype, experts: mx.array | None = None) -> mx.ar
     if back_end is None or not isinstance(w, QuantizedTensor) or not launcher.fits(w):
         return expand_ops(w, dtype, experts)
     launch, chunks, whole = _launch(back_end, dtype, w.type.name, w.shape, None if experts is None else experts.size)
-    return launch(chunks, whole if experts is None else experts, *w.planes)[
-        0
-    ]  # not its bundle: where that begins would be a part of the text
+    # Not its bundle: where that begins would be a part of the text.
+    return launch(chunks, whole if experts is None else experts, *w.planes)[0]
 
 
 @cache
@@ -54,11 +53,8 @@ def _launch(
 ) -> tuple[launcher.Launch, mx.array, mx.array]:
     """And its first input, and the second where there are no experts. Nothing that is compiled depends on the shape:
     compiling takes longer than a prompt."""
-    if tiles is None:
-        written, each, count = shape, math.prod(shape) // 8, math.prod(shape) // 8
-    else:
-        written, each = (tiles, *shape[1:]), math.prod(shape[1:]) // 8
-        count = tiles * each
+    written = shape if tiles is None else (tiles, *shape[1:])
+    count, each = math.prod(written) // 8, math.prod(shape if tiles is None else shape[1:]) // 8
     launcher.require(
         "expand",
         (dtype in (mx.bfloat16, mx.float16), f"values of {dtype}; 16 bits are written"),
