@@ -24,7 +24,7 @@ from rich.table import Table
 from glm_mlx.cache import KvBits
 from glm_mlx.compositions import COMPOSITIONS, NARROW, WIDTHS
 from glm_mlx.config import Config
-from glm_mlx.engine import PREFILL_CHUNK
+from glm_mlx.engine import prefill_chunk
 from glm_mlx.errors import InputError
 from glm_mlx.gguf import shown
 from glm_mlx.isolation import Isolated, LostError, Rows, Variant
@@ -85,7 +85,8 @@ def glm_flash_memory(context: int | None, kv_bits: KvBits = 16) -> MemoryPlan:
     shapes = list(tensor_shapes(spec, VOCABULARY))
     tensors = [Tensor(name, GGMLQuantizationType[type_of(spec, name, shape)], shape) for name, shape in shapes]
     cfg = Config.from_metadata(keys, [tensor.name for tensor in tensors])
-    return plan_memory(cfg, tensors, activation_dtype(), PREFILL_CHUNK, context, kv_bits)
+    dtype = activation_dtype()
+    return plan_memory(cfg, tensors, dtype, prefill_chunk(dtype), context, kv_bits)
 
 
 def _check_writable(path: Path) -> None:
@@ -128,7 +129,7 @@ def _check_all(on_gpu: bool, timed: bool) -> dict[Variant, Result]:
     finally:
         for worker in workers:
             worker.close()
-    return dict(sorted(found.items(), key=lambda item: ("-", *launcher.OPS).index(item[0].op)))
+    return dict(sorted(found.items(), key=lambda item: ("-", *launcher.OPS, *launcher.PROMPT_OPS).index(item[0].op)))
 
 
 def _check_together(

@@ -9,8 +9,10 @@ import mlx.core as mx
 from glm_mlx.errors import InputError
 from glm_mlx.model import Model
 from glm_mlx.sampling import Sample, Sampler, SamplingParams
+from kernels import wide
 
 PREFILL_CHUNK = 512  # tokens
+WIDE_CHUNK = 2048  # where `kernels.wide` expands each weight once a chunk, for all its tokens
 
 
 @dataclass(frozen=True)
@@ -45,15 +47,21 @@ class Stats:
         return (self.decode_tokens - 1) / self.decode_seconds if self.decode_seconds else 0.0
 
 
+def prefill_chunk(dtype: mx.Dtype) -> int:
+    """How many tokens of a prompt are computed at once, with activations of this type."""
+    return WIDE_CHUNK if wide.applies(WIDE_CHUNK, dtype) else PREFILL_CHUNK
+
+
 class Engine:
     """A model and the cache of one conversation.
 
     `tokens` are the ids whose rows are in the cache. A prompt that begins with them is computed only from where it
     differs. `context`: how many tokens prompt and answer may have together, if less than the model was made for.
+    `chunk`: tokens of a prompt at once, by default as `prefill_chunk` says.
     """
 
-    def __init__(self, model: Model, chunk: int = PREFILL_CHUNK, context: int | None = None):
-        self.model, self.chunk = model, chunk
+    def __init__(self, model: Model, chunk: int | None = None, context: int | None = None):
+        self.model, self.chunk = model, chunk or prefill_chunk(model.dtype)
         most = model.cfg.context_length
         self.context = most if context is None else min(context, most)
         self.cache = model.new_cache()

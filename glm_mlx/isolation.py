@@ -14,7 +14,7 @@ import mlx.core as mx
 
 from glm_mlx.compositions import read_small
 from glm_mlx.model import Model
-from glm_mlx.model_cases import chunk_cases, decode_cases
+from glm_mlx.model_cases import chunk_cases, decode_cases, prompt_cases
 from kernels.cases import Case
 from kernels.check import Result, check
 
@@ -40,7 +40,7 @@ class Rows:
         model = Model(cfg, weights, dtype)
         in_8_bits = [case for case in decode_cases(Model(cfg, weights, dtype, kv_bits=8)) if case.op == "mla_decode"]
         found: dict[Variant, Case] = {}
-        for case in [*decode_cases(model), *chunk_cases(model), *in_8_bits]:
+        for case in [*decode_cases(model), *chunk_cases(model), *in_8_bits, *prompt_cases(model)]:
             what = case.variant if case.types else ", ".join(filter(None, (case.variant, case.shapes)))
             tokens = f"{case.tokens} token{'s' * (case.tokens > 1)}"
             if case.has_kernel:

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from glm_mlx import weights
 from glm_mlx.cache import KvBits
 from glm_mlx.config import Config
-from glm_mlx.engine import PREFILL_CHUNK
+from glm_mlx.engine import prefill_chunk
 from glm_mlx.gguf import GGUFFile, TensorInfo, shown
 from glm_mlx.memory import MemoryPlan, plan_memory
 from glm_mlx.model import Model, activation_dtype
@@ -90,7 +90,7 @@ def open_model(
     tensors = weights.plan(gguf, cfg)
     tokenizer = Tokenizer(gguf.metadata)
     dtype = dtype or activation_dtype()
-    memory = plan_memory(cfg, weights.tensors_of(tensors), dtype, PREFILL_CHUNK, context, kv_bits)
+    memory = plan_memory(cfg, weights.tensors_of(tensors), dtype, prefill_chunk(dtype), context, kv_bits)
     return Opened(gguf, cfg, tokenizer, tensors, dtype, kv_bits, memory, time.perf_counter() - start)
 
 

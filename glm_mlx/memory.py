@@ -15,10 +15,13 @@ from glm_mlx.cache import KvBits, row_format, whole_steps
 from glm_mlx.config import Config
 from glm_mlx.errors import InputError
 from glm_mlx.packing import packed_nbytes
+from kernels import wide
 from kernels.mla_decode import QUERIES, block_rows
 from kernels.rows import RowFormat
+from kernels.tiles import tiles_shape
 
 LEAST_CONTEXT = 512  # tokens; a machine that has no room for more is too small for the model
+FEW = wide.LEAST_TOKENS - 1  # the most tokens that are computed in the same way on all back ends
 MOST_KEPT = 256 << 20  # bytes of freed buffers that MLX may always keep for the next operation
 # Bytes beside each value of a weight while it multiplies a prompt: scales and biases in float32 for groups of 32, for
 # Q6_K twice for groups of 16, and all values in float32 for types that MLX's affine form cannot hold. K-quants, IQ4_NL
@@ -138,6 +141,9 @@ def plan_memory(
     def plan(tokens: int, largest: int = 0) -> MemoryPlan:
         cache = cfg.num_layers * whole_steps(tokens) * rows.nbytes
         scratch = _scratch_nbytes(cfg, beside, dtype, rows, chunk, tokens)
+        if wide.applies(min(chunk, tokens), dtype):  # then only the end of a prompt may be computed as elsewhere
+            few = _scratch_nbytes(cfg, beside, dtype, rows, FEW, tokens)
+            scratch = max(few, _wide_nbytes(cfg, rows, chunk, tokens))
         return MemoryPlan(tokens, weights, cache, scratch, min(scratch, MOST_KEPT), available, source, largest)
 
     largest = _last(lambda tokens: plan(tokens).fits, cfg.context_length)
@@ -206,6 +212,32 @@ def _scratch_nbytes(cfg: Config, beside: int, dtype: mx.Dtype, rows: RowFormat, 
     experts = cfg.num_experts_per_tok * 5 * (cfg.moe_intermediate_size + hidden)
     feed_forward = beside + number * tokens * max(5 * cfg.intermediate_size, experts)
     return max(attention + feed_forward, context * rows.nbytes)
+
+
+def _wide_nbytes(cfg: Config, rows: RowFormat, chunk: int, context: int) -> int:
+    """The most that `kernels.wide` has alive, whose turns MLX is made to take: at most two at once.
+
+    Turns of attention, each with scores in float16 twice, and beside the first of them the end of the layer before;
+    or two products with the experts of a few tiles, expanded to 16 bits. With attention: the rows of a layer once more,
+    as they are changed, and as keys and values in float16; queries, results, and the matrices for both. With experts:
+    the rows of all tiles twice, before and after, or as parts and as one; the hidden values of a few; then what is
+    added up, for a while in float32. Rows in 8 bits become keys in a turn of their own.
+    """
+    tokens, heads, row, hidden = min(chunk, context), cfg.num_heads, cfg.cache_dim, cfg.hidden_size
+    turn = 2 * 2 * heads * min(tokens, wide.queries_at_once(heads, context)) * context
+    matrices = 2 * 2 * hidden * heads * cfg.v_head_dim  # o_proj, and about as much again
+    keys, values = rows.nbytes + 2 * row, 2 * cfg.kv_lora_rank
+    attention = (keys + values) * context + 2 * tokens * heads * 5 * row + matrices
+    chosen, width = tokens * cfg.num_experts_per_tok, cfg.moe_intermediate_size
+    tiles, tile_rows = tiles_shape(chosen, cfg.num_experts)
+    at_once = min(tiles, wide.TILES)
+    few = 2 * at_once * width * hidden
+    hidden_values = 2 * 5 * at_once * tile_rows * width
+    experts = 2 * hidden * (2 * tiles * tile_rows + 5 * chosen)
+    dense = 2 * cfg.intermediate_size * (3 * hidden + 5 * tokens)
+    before = max(experts, dense)
+    loading = (keys + 2 * values) * context + before if rows.is_packed else 0
+    return max(attention + turn + max(turn, before), loading, 2 * few + hidden_values + experts)
 
 
 def machine_memory() -> tuple[int, str]:

@@ -20,6 +20,7 @@ import mlx.core as mx
 
 from glm_mlx.cache import KvBits, LatentCache, TracedCache, row_format
 from glm_mlx.config import Config
+from kernels import wide
 from kernels.embed import embed
 from kernels.experts_down import experts_down
 from kernels.experts_gate_up import experts_gate_up, swiglu_ops
@@ -221,6 +222,8 @@ class Block:
     def __call__(self, x: mx.array, cache: Cache, tap: Tap = no_tap) -> mx.array:
         x = self.self_attn(x, cache, tap)
         out = self.mlp(x, tap)
+        if wide.applies(x.shape[1], x.dtype):
+            wide.start(out)
         tap("ffn_out", out - x)
         tap("out", out)
         return out

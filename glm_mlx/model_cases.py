@@ -5,7 +5,10 @@ import mlx.core as mx
 from glm_mlx import model as model_module
 from glm_mlx.cache import STEP
 from glm_mlx.model import Model
-from kernels.cases import Case, calls
+from kernels import wide
+from kernels.cases import Case, calls, held
+from kernels.expand import expand
+from kernels.planes import QuantizedTensor
 
 CONTEXTS = (STEP, 9 * STEP)  # rows: what a cache begins with, and enough to be split as far as it goes
 CHUNK = 4  # tokens; for more than one token each kernel is compiled anew
@@ -29,3 +32,13 @@ def chunk_cases(model: Model) -> list[Case]:
         hidden = model.hidden_states(mx.zeros((1, CHUNK), mx.int32), model.new_cache())
         model.logits(hidden)
     return made
+
+
+def prompt_cases(model: Model) -> list[Case]:
+    """The calls for a long prompt, where there is a kernel for it: for each type the smallest weight."""
+    if not wide.applies(wide.LEAST_TOKENS, model.dtype):
+        return []
+    smallest: dict[str, QuantizedTensor] = {}
+    for weight in sorted(held(model, QuantizedTensor), key=lambda weight: weight.nbytes):
+        smallest.setdefault(weight.type.name, weight)
+    return [Case(expand, {"w": w, "dtype": model.dtype}, (), wide.LEAST_TOKENS) for w in smallest.values()]

@@ -25,7 +25,7 @@ from rich.console import Console
 
 from glm_mlx.errors import InputError
 from glm_mlx.model import Model
-from glm_mlx.model_cases import chunk_cases, decode_cases
+from glm_mlx.model_cases import chunk_cases, decode_cases, prompt_cases
 from kernels import launcher
 from kernels.cache_folder import cache_folder
 from kernels.cases import Case
@@ -47,7 +47,7 @@ def leave_broken_kernels(model: Model) -> list[str]:
     start, memory, failed = time.perf_counter(), _Memory(), dict[str, str]()
     status = Console(stderr=True).status("checking the kernels, once on this device")
     try:
-        for case in [*decode_cases(model), *_smallest(chunk_cases(model))]:
+        for case in [*decode_cases(model), *_smallest(chunk_cases(model)), *prompt_cases(model)]:
             if case.op in failed or not case.has_kernel:
                 continue
             call = f"{case.op}: {case.variant}, {case.shapes}, {case.dtype}, {case.tokens} tokens"

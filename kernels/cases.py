@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import wraps
 from itertools import groupby
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 
@@ -15,6 +15,7 @@ from kernels import launcher
 from kernels.planes import QuantizedTensor
 from kernels.route import experts_of, weights_of
 
+Kind = TypeVar("Kind")
 FLOATS = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16"}
 
 
@@ -123,7 +124,7 @@ def calls(module: ModuleType, model: object, tokens: int) -> Iterator[list[Case]
     A call whose arguments have the same types, shapes and values is the same. Arrays of floats that the model does not
     hold, its activations, become random: nothing of the model is computed.
     """
-    own = _held(model)
+    own = {id(a) for a in held(model, mx.array)}
     seen: dict[Hashable, tuple[Case, Any]] = {}
     found: list[Case] = []
 
@@ -158,23 +159,23 @@ def calls(module: ModuleType, model: object, tokens: int) -> Iterator[list[Case]
             setattr(module, name, function)
 
 
-def _held(model: object) -> set[int]:
-    """The identities of all arrays in an object, at any depth."""
-    left, seen, arrays = [model], set[int](), set[int]()
+def held(model: object, kind: type[Kind]) -> list[Kind]:
+    """All of a kind in an object, at any depth, each once."""
+    left, seen, found = [model], set[int](), list[Kind]()
     while left:
         item = left.pop()
         if id(item) in seen:
             continue
         seen.add(id(item))
-        if isinstance(item, mx.array):
-            arrays.add(id(item))
-        elif isinstance(item, Mapping):
+        if isinstance(item, kind):
+            found.append(item)
+        if isinstance(item, Mapping):
             left += item.values()
         elif isinstance(item, list | tuple):
             left += item
-        elif hasattr(item, "__dict__"):
+        elif hasattr(item, "__dict__") and not isinstance(item, mx.array):
             left += vars(item).values()
-    return arrays
+    return found
 
 
 def _is_floats(value: Any) -> bool:

@@ -77,7 +77,7 @@ def back_end(op: str) -> BackEnd | None:
 def avoiding(*ops: str) -> Iterator[None]:
     """Within the block these ops use their twins; all of them if none is named."""
     before = set(_avoided)
-    _avoided.update(ops or OPS)
+    _avoided.update(ops or (*OPS, *PROMPT_OPS))
     try:
         yield
     finally:
@@ -91,6 +91,7 @@ def avoid(op: str) -> None:
 
 
 OPS = ("embed", "qmv", "experts_gate_up", "experts_down", "mla_decode")
+PROMPT_OPS = ("expand",)  # for a prompt's many tokens, where `kernels.wide` applies
 
 
 def kind(weight: Weight) -> Kind:

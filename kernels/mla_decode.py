@@ -38,7 +38,7 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from kernels import launcher
+from kernels import launcher, wide
 from kernels.planes import Weight
 from kernels.qmv import Norm, merge_heads_ops
 from kernels.rows import RowFormat
@@ -81,6 +81,8 @@ def attend_ops(
 ) -> mx.array:
     """`context`, (1,) or (B,) integers: how many of the rows are valid in each sequence, if not all."""
     length, latent_dim = q_latent.shape[2:]
+    if context is None and wide.applies(length, q_latent.dtype):
+        return wide.attend(q_latent, q_pe, rows, scale)
     parts: list[mx.array] = []
     for begin in range(0, length, QUERIES):
         end = min(begin + QUERIES, length)

@@ -16,15 +16,18 @@ The same as `experts_gate_up` and then `experts_down`, with their roundings, for
 permutation serves gate, up and down, and is undone where the weighted sum is taken. With N = T * K choices, each of the
 three is one matmul of MLX over the planes, `gather_qmm` with sorted indices: no expert without a choice is read, and
 nothing is padded. Beside the planes stand scales and biases in float32: for GLM-4.7-Flash in Q4_0, 50 MB a matrix.
+Where `kernels.wide` applies the choices stand in tiles of one expert each (tiles.py), and the three are batched matmuls
+with the expanded experts of a few tiles at a time.
 """
 
 import mlx.core as mx
 
-from kernels import launcher
+from kernels import launcher, wide
 from kernels.experts_gate_up import swiglu_ops
 from kernels.planes import Weight
 from kernels.qmv import gather_qmv_ops, qmv_ops
 from kernels.route import Router, experts_of, weights_of
+from kernels.tiles import tiles_of
 
 # Choices for each expert, on average, from which on sorting is worth its own launches, where no kernel takes the
 # tokens. With fewer than one, deriving the scales of the chosen experts alone is cheaper. Not measured on a GPU.
@@ -50,16 +53,37 @@ def moe_prefill(
 ) -> tuple[mx.array, mx.array]:
     choice = router.choice(router_logits)
     experts, weights = experts_of(choice), weights_of(choice)
-    order = mx.argsort(experts.reshape(-1))
-    chosen = experts.reshape(-1)[order]  # (N,), ascending
-    rows = x.reshape(-1, x.shape[-1])[order // router.top_k]  # (N, D)
-    hidden = swiglu_ops(by_expert(rows, gate, chosen), by_expert(rows, up, chosen))  # (N, F)
-    routed = unsort(by_expert(hidden, down, chosen), order)  # (N, D)
-    y = (routed.reshape(*experts.shape, -1).astype(mx.float32) * weights[..., None]).sum(axis=-2)
+    tokens, choices = x.reshape(-1, x.shape[-1]), experts.reshape(-1, router.top_k)
+    path = in_tiles if wide.applies(choices.size, x.dtype) else in_order
+    routed = path(tokens, choices, gate, up, down).reshape(*experts.shape, -1)  # (T, K, D)
+    y = (routed.astype(mx.float32) * weights[..., None]).sum(axis=-2)
     if shared_gate is not None and shared_up is not None and shared_down is not None:
         shared_hidden = swiglu_ops(qmv_ops(x, shared_gate), qmv_ops(x, shared_up))
         y = y + qmv_ops(shared_hidden, shared_down).astype(mx.float32)
     return (y + residual.astype(mx.float32)).astype(x.dtype), choice
+
+
+def in_order(x: mx.array, experts: mx.array, gate: Weight, up: Weight, down: Weight) -> mx.array:
+    """x (T, D), experts (T, K) -> (T, K, D), what each expert makes of its token; no two choices mix."""
+    order = mx.argsort(experts.reshape(-1))
+    chosen = experts.reshape(-1)[order]  # (N,), ascending
+    rows = x[order // experts.shape[-1]]  # (N, D)
+    hidden = swiglu_ops(by_expert(rows, gate, chosen), by_expert(rows, up, chosen))  # (N, F)
+    return unsort(by_expert(hidden, down, chosen), order).reshape(*experts.shape, -1)
+
+
+def in_tiles(x: mx.array, experts: mx.array, gate: Weight, up: Weight, down: Weight) -> mx.array:
+    """As `in_order`, for x in 16 bits where `kernels.wide` applies."""
+    tiles = tiles_of(experts, gate.shape[0])
+    rows = wide.start(x[tiles.tokens])  # (tiles, rows, D)
+    parts: list[mx.array] = []
+    for begin in range(0, len(rows), wide.TILES):
+        some = slice(begin, begin + wide.TILES)
+        of_tile = tiles.experts[some]
+        hidden = swiglu_ops(wide.by_tile(rows[some], gate, of_tile), wide.by_tile(rows[some], up, of_tile))
+        parts.append(wide.by_tile(hidden, down, of_tile))
+    routed = parts[0] if len(parts) == 1 else mx.concatenate(parts)
+    return routed.reshape(-1, routed.shape[-1])[tiles.places]
 
 
 def by_expert(x: mx.array, w: Weight, experts: mx.array) -> mx.array:

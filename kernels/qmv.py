@@ -31,8 +31,8 @@ gather_qmv_ops(x, w, experts, sorted_indices) -> y
 
 The kernel takes up to 8 rows of x (of each head), reads the planes of each matrix once, at the file's own bits, and
 keeps the normed x in float32. A simdgroup computes a few rows of one matrix: all its lanes share a row of 512 columns
-or more, 8 or 16 of them a shorter one. More rows of x go to MLX's matmul, for which the weights are never expanded,
-except IQ4_NL's, which its affine form cannot hold.
+or more, 8 or 16 of them a shorter one. More rows of x go to MLX's matmul in float32, for which the weights are never
+expanded, except IQ4_NL's, which its affine form cannot hold; or, where that is faster, to `kernels.wide`.
 """
 
 import math
@@ -42,7 +42,7 @@ from functools import cache
 
 import mlx.core as mx
 
-from kernels import launcher
+from kernels import launcher, wide
 from kernels.planes import GROUP, Affine, QuantizedTensor, Weight, dequantize_ops, group_scales
 from kernels.shapes import launch_shape, matrix_names
 
@@ -102,8 +102,8 @@ def _qmv(
     if back_end is None or tiny or x.shape[-1] % 8 or not launcher.fits(*weights):
         # In float32 where the result is: the router's norm is not rounded first.
         x = x[..., : weights[0].shape[-1]] if x.shape[-1] > weights[0].shape[-1] else x
-        wide = x.astype(mx.float32) if dtype == mx.float32 else x
-        normed = wide if norm is None else norm(wide)
+        exact = x.astype(mx.float32) if dtype == mx.float32 else x
+        normed = exact if norm is None else norm(exact)
         ys = [qmv_ops(normed, w).astype(dtype) for w in weights]
         ys = [y if residual is None else residual + y for y in ys]
         return [*ys, normed.astype(x.dtype)] if normed_too else ys
@@ -261,6 +261,8 @@ def _launch(
 
 
 def qmv_ops(x: mx.array, w: Weight) -> mx.array:
+    if wide.applies(x.shape[-2], x.dtype):
+        return wide.matmul(x, w)
     if isinstance(w, mx.array) and w.dtype == x.dtype:
         return x @ w.swapaxes(-1, -2)
     x32 = x.astype(mx.float32)
@@ -284,7 +286,9 @@ def gather_qmv_ops(x: mx.array, w: Weight, experts: mx.array, sorted_indices: bo
     if experts.size <= w.shape[0] and not (isinstance(w, QuantizedTensor) and w.affine):
         # Few rows: deriving the affine scales of the chosen experts alone is cheaper than of all.
         return qmv_ops(x[..., None, :], w[experts])[..., 0, :]
-    x32 = x.astype(mx.float32)[..., None, :]
+    # Not x[..., None, :]: a new axis has stride 1, which MLX's gather_mm for sorted indices takes for a row's length
+    # (ml-explore/mlx#3960 for Metal).
+    x32 = x.astype(mx.float32).reshape(*x.shape[:-1], 1, x.shape[-1])
     if isinstance(w, mx.array) or w.type.name == "IQ4_NL":
         w_t = dequantize_ops(w).swapaxes(-1, -2)
         y = mx.gather_mm(x32, w_t, rhs_indices=experts, sorted_indices=sorted_indices)

@@ -65,13 +65,13 @@ class RowFormat:
         stored = mx.concatenate([part.view(mx.uint8) for part in parts], axis=-1)
         return mx.pad(stored, [(0, 0), (0, 0), (0, self.width - stored.shape[-1])])
 
-    def load(self, rows: mx.array) -> mx.array:
-        """(B, S, width) -> (B, S, R + P) float32"""
+    def load(self, rows: mx.array, dtype: mx.Dtype = mx.float32) -> mx.array:
+        """(B, S, width) -> (B, S, R + P) float32, or rounded once to float16"""
         if not self.is_packed:
-            return rows.astype(mx.float32)
+            return rows.astype(dtype)
         ends = [self.latent_dim, self.latent_dim + 2 * self.rope_dim]
         ends.append(ends[1] + self.latent_dim // GROUP * 2)
         latent, k_pe, scales, _ = mx.split(rows, ends, axis=-1)
-        groups = mx.unflatten(latent.astype(mx.float32) - ZERO, -1, (-1, GROUP))
-        groups = groups * scales.view(mx.float16)[..., None].astype(mx.float32)
-        return mx.concatenate([groups.flatten(-2), k_pe.view(mx.float16).astype(mx.float32)], axis=-1)
+        groups = mx.unflatten(latent.astype(dtype) - ZERO, -1, (-1, GROUP))
+        groups = groups * scales.view(mx.float16)[..., None].astype(dtype)
+        return mx.concatenate([groups.flatten(-2), k_pe.view(mx.float16).astype(dtype)], axis=-1)

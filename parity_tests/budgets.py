@@ -32,6 +32,8 @@ BUDGETS = {
         "together it is 9e-4 to 4.2e-3 (3 seeds), and 3e-6 to 1.4e-3 with a cache in bfloat16",
     ),
     "sampling": Budget(1e-6, "probabilities in float32"),
+    "matmul, 16-bit": Budget(2**-7, "a weight's values and the result rounded to bfloat16, sums in float32"),
+    "attention, 16-bit": Budget(2**-7, "scores and probabilities in float16, the result rounded to bfloat16"),
     "embed, 16-bit": Budget(2**-8, "one rounding to bfloat16"),
     "layer taps, 16-bit": Budget(4e-2, "bfloat16 between ops (2**-8 each), a dozen roundings a layer"),
     "router weights, 16-bit": Budget(4e-2, "from a bfloat16 ffn_norm"),

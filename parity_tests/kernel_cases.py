@@ -24,6 +24,7 @@ from glm_mlx.make_tiny import random_blocks
 from glm_mlx.packing import pack
 from kernels import launcher
 from kernels.embed import embed, embed_ops
+from kernels.expand import expand, expand_ops
 from kernels.experts_down import experts_down, experts_down_ops
 from kernels.experts_gate_up import experts_gate_up, experts_gate_up_ops
 from kernels.mla_decode import mla_decode, mla_decode_ops
@@ -344,6 +345,30 @@ class Embed(Case):
     @cached_property
     def exact(self) -> list[Exact]:
         return [values(self.weight)[np.clip(self.ids, 0, self.rows - 1)][None]]
+
+
+@dataclass(frozen=True)
+class Expand(Case):
+    """shape: of the weight."""
+
+    kind: str
+    shape: tuple[int, ...]
+    dtype: mx.Dtype = mx.bfloat16
+    op: ClassVar[str] = "expand"
+
+    @cached_property
+    def weight(self) -> Weight:
+        return each_plane(random_weight(self.kind, self.shape, 0), framed)
+
+    def kernel(self) -> Sequence[mx.array]:
+        return [expand(self.weight, self.dtype)]
+
+    def twin(self) -> Sequence[mx.array]:
+        return [expand_ops(self.weight, self.dtype)]
+
+    @cached_property
+    def exact(self) -> list[Exact]:
+        return [values(self.weight)]
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import pytest
 
 from kernels import launcher
 from kernels.embed import embed
+from kernels.expand import expand
 from kernels.experts_down import experts_down
 from kernels.experts_gate_up import experts_gate_up
 from kernels.mla_decode import mla_decode
@@ -20,6 +21,7 @@ from parity_tests.kernel_cases import (
     Case,
     Down,
     Embed,
+    Expand,
     GateUp,
     HeadQmv,
     Mla,
@@ -40,9 +42,12 @@ CASES: dict[str, Case] = {
     "experts_gate_up": GateUp("Q4_0", 8, width=16, cols=64, tokens=3),
     "experts_down": Down("Q4_0", width=64, cols=16, tokens=3),
     "mla_decode": Mla(4, 40, tokens=3, room=0),
+    "expand": Expand("Q4_0", (16, 64)),
 }
 TO_TWIN: dict[str, Case] = {
-    **{f"{op}: {TOO_MANY} tokens": replace(case, tokens=TOO_MANY) for op, case in CASES.items()},  # type: ignore
+    **{f"{op}: {TOO_MANY} tokens": replace(case, tokens=TOO_MANY) for op, case in CASES.items() if op in launcher.OPS},  # type: ignore
+    "expand: a dense weight": Expand("F32", (16, 64)),
+    "expand: fewer than eight scales": Expand("Q4_0", (7, 32)),
     "qmv: a residual of four": Qmv(("F32",), (4,), 64, residual=True),
     "embed: rows of 20": Embed("F16", 16, 20),
     "qmv: rows of 20": Qmv(("F32",), (16,), 20),
@@ -232,6 +237,8 @@ MISFITS: dict[str, Callable[[], Sequence[mx.array | None]]] = {
     ),
     "experts_gate_up: more experts than there are": lambda: gate_up(top_k=9),
     "experts_gate_up: bias too short": lambda: gate_up(bias=mx.zeros((7,))),
+    "expand: to float32": lambda: [expand(W, mx.float32)],
+    "expand: experts of a matrix": lambda: [expand(W, mx.bfloat16, mx.zeros(8, mx.uint32))],
     "embed: tokens of another type": lambda: [embed(W, mx.zeros((1, 2), mx.uint32), mx.float32)],
     "mla_decode: v_b of other heads": lambda: mla_decode(*MLA.inputs, MLA.scale, MLA.v_b[:3]),
 }

@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from kernels import launcher, prefill
+from kernels import launcher, prefill, wide
 from kernels.experts_down import experts_down_ops
 from kernels.experts_gate_up import experts_gate_up_ops
 from kernels.planes import Weight
@@ -47,10 +47,14 @@ def swiglu(g: np.ndarray, u: np.ndarray) -> np.ndarray:
     return g / (1 + np.exp(-g)) * u
 
 
+@pytest.mark.parametrize("in_tiles", [False, True])
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("name", CHOICES)
-def test_sorted_experts_agree_with_float64(name: str, shared: bool) -> None:
-    """Gate, up and down of different types, the shared expert of another width and type."""
+def test_sorted_experts_agree_with_float64(
+    name: str, shared: bool, in_tiles: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gate, up and down of different types, the shared expert of another width and type. In tiles as in 16 bits."""
+    monkeypatch.setattr(wide, "applies", lambda tokens, dtype: in_tiles)
     choices = CHOICES[name]
     banks = [weight("Q4_0", (7, 96, 256), 1), weight("Q6_K", (7, 96, 256), 2), weight("Q8_0", (7, 256, 96), 3)]
     others = [weight("Q5_K", (256, 256), 4), weight("Q4_K", (256, 256), 5), weight("Q6_K", (256, 256), 6)]
@@ -108,6 +112,25 @@ def test_mlx_is_told_that_experts_are_sorted_and_they_are(monkeypatch: pytest.Mo
         assert "lhs_indices" not in kw  # MLX then takes no notice of the order
         assert (np.diff(ids.astype(np.int64)) >= 0).all()
         assert len(ids) == 40 * TOP_K
+
+
+@pytest.mark.parametrize("kind", ["F32", "BF16", "IQ4_NL"])
+def test_rows_for_gather_mm_are_a_row_apart_along_every_axis(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CUDA, MLX 0.32 takes the distance of rows from the axis of one, and would read other values."""
+    strides = []
+    gather = mx.gather_mm
+
+    def watch(a: mx.array, *args: mx.array, **kw: bool) -> mx.array:
+        mx.eval(a)
+        strides.append((a.shape, memoryview(a).strides))
+        return gather(a, *args, **kw)
+
+    monkeypatch.setattr(mx, "gather_mm", watch)
+    bank = [weight(kind, shape, 1)[0] for shape in ((7, 96, 256), (7, 96, 256), (7, 256, 96))]
+    x = mx.zeros((40, COLS))
+    moe_prefill(x, logits_of(CHOICES["at random"]), ROUTER, *bank, None, None, None, x)
+    assert len(strides) == 3
+    assert all(steps is not None and steps[-2] == 4 * shape[-1] for shape, steps in strides)
 
 
 def test_few_tokens_are_left_to_the_kernels_and_the_twins() -> None:

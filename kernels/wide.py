@@ -1,0 +1,94 @@
+"""A prompt's many tokens in 16 bits: what a GPU's matrix units multiply, with sums in float32.
+
+matmul(x, w) -> (..., L, rows), like `qmv_ops`
+    x  (..., L, cols)     bfloat16 or float16
+    w  (..., rows, cols)  a `Weight`, the leading dimensions those of x; its values are rounded once, to the dtype of x
+
+by_tile(x, w, experts) -> (tiles, rows of a tile, rows)
+    x  (tiles, rows of a tile, cols), w (E, rows, cols), experts (tiles,) uint32: see tiles.py
+
+attend(q_latent, q_pe, rows, scale) -> (B, H, L, R), like `attend_ops`
+    q_latent  (B, H, L, R), q_pe (B, H, L, P)
+    rows      (B, S, width)  as a cache holds them (rows.py), all valid, the last L of them those of the queries
+
+`qmv_ops` and `attend_ops` ask `applies` and come here where it is faster. Expanding a weight costs a few bytes a value,
+which many tokens share; the values live until their matmul is done.
+
+Attention takes so few queries at once that their scores against all rows are within a bound, and needs no merging.
+Queries, keys, scores and probabilities are float16: three bits more than bfloat16 has, and a score of 16 is off by
+0.008 at most. Softmax is computed in float32.
+
+MLX allocates when it hands work over, and frees when the GPU has done it: a host that runs ahead would have the
+expanded experts of many layers in memory. So each product with `TILES` experts, each turn of attention and each layer
+is `start`ed.
+"""
+
+import mlx.core as mx
+
+from kernels.expand import expand
+from kernels.planes import Weight
+from kernels.rows import RowFormat
+
+LEAST_TOKENS = 64  # from which on expanding a weight is cheaper than its float32 matmul
+TILES = 32  # whose experts are expanded at once: 200 MB of GLM-4.7-Flash
+SCORES = 48 << 20  # values of 2 bytes, of which two copies may live at once
+QUERIES = 512  # of each head and sequence, at once
+ALIGNED = 32  # queries: as many at once as are a multiple of it, where there are so many
+_started: list[mx.array] = []  # what `start` has not waited for: one at most
+
+
+def applies(tokens: int, dtype: mx.Dtype) -> bool:
+    """Whether so many tokens are for this module. Not on Metal, where it was never measured, nor on a CPU, where 16
+    bits are slow."""
+    return tokens >= LEAST_TOKENS and dtype != mx.float32 and _on_cuda()
+
+
+def _on_cuda() -> bool:
+    return mx.default_device() == mx.Device(mx.gpu) and mx.cuda.is_available()
+
+
+def matmul(x: mx.array, w: Weight) -> mx.array:
+    return x @ expand(w, x.dtype).swapaxes(-1, -2)
+
+
+def by_tile(x: mx.array, w: Weight, experts: mx.array) -> mx.array:
+    return start(x @ expand(w, x.dtype, experts).swapaxes(-1, -2))
+
+
+def start(result: mx.array) -> mx.array:
+    """Hands over the work for a result and waits for that of the one before: the scratch of two is alive at once."""
+    mx.async_eval(result)
+    while _started:
+        mx.eval(_started.pop())
+    _started.append(result)
+    return result
+
+
+def attend(q_latent: mx.array, q_pe: mx.array, rows: mx.array, scale: float) -> mx.array:
+    batch, heads, length, latent_dim = q_latent.shape
+    row_format = RowFormat(latent_dim, q_pe.shape[-1], rows.dtype)
+    keys = row_format.load(rows, mx.float16)
+    if row_format.is_packed:
+        start(keys)
+    values = mx.contiguous(keys[..., :latent_dim])
+    at_once = queries_at_once(batch * heads, rows.shape[1])
+    parts: list[mx.array] = []
+    for begin in range(0, length, at_once):
+        end = min(begin + at_once, length)
+        count, seen = end - begin, rows.shape[1] - length + end  # seen: by the last of these queries
+        q = mx.concatenate([q_latent[:, :, begin:end], q_pe[:, :, begin:end]], axis=-1)
+        q = (q.astype(mx.float32) * scale).astype(mx.float16)
+        # All heads share the cache, so they are rows of one matmul.
+        scores = q.reshape(batch, heads * count, -1) @ keys[:, :seen].swapaxes(-1, -2)
+        visible = mx.arange(seen) <= seen - count + mx.arange(count)[:, None]
+        scores = mx.where(visible, scores.reshape(batch, heads, count, seen), mx.array(-mx.inf, mx.float16))
+        probabilities = mx.softmax(scores, axis=-1, precise=True).reshape(batch, heads * count, seen)
+        out = (probabilities @ values[:, :seen]).reshape(batch, heads, count, latent_dim)
+        parts.append(start(out.astype(q_latent.dtype)))
+    return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)
+
+
+def queries_at_once(heads: int, rows: int) -> int:
+    """How many queries of each of so many heads, those of all sequences together, meet so many rows at a time."""
+    most = max(1, min(QUERIES, SCORES // (heads * rows)))
+    return most if most < ALIGNED else most // ALIGNED * ALIGNED
