@@ -175,7 +175,7 @@ def in_blocks_of_7(plant: Plant) -> Plant:
 
     def both(patch: pytest.MonkeyPatch) -> None:
         patch.setattr(kernels.mla_decode, "QUERIES", 5)
-        patch.setattr(kernels.mla_decode, "block_rows", lambda queries: 7)
+        patch.setattr(kernels.mla_decode, "block_rows", lambda *_: 7)
         plant(patch)
 
     return both
