@@ -276,7 +276,8 @@ def _included(op: str, text: str) -> str:
     For each launch MLX's CUDA back end hashes the whole text of the kernel, which took longer than all else for our
     40 KB (bench/LOG.md). NVRTC reads the file when it compiles.
     """
-    file = cache_folder() / "cuda" / f"{op}_{hashlib.sha256(text.encode()).hexdigest()[:12]}.h"
+    name = f"{op}_{hashlib.sha256(text.encode()).hexdigest()[:12]}.h"
+    file = (cache_folder() / "cuda" / name).absolute()  # NVRTC looks elsewhere for relative paths
     if re.search(r'["\\\n]', str(file)):
         return text
     try:

@@ -181,3 +181,5 @@ def test_on_cuda_a_text_is_included_from_a_file_that_holds_it(monkeypatch: pytes
     (tmp_path / "a file").write_text("")
     assert cuda_header(monkeypatch, tmp_path / "a file") == text
     assert cuda_header(monkeypatch, tmp_path / 'a "quote"') == text
+    monkeypatch.chdir(tmp_path)
+    assert cuda_header(monkeypatch, Path("near")).startswith(f'#include "{tmp_path}/near/')
