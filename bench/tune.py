@@ -58,6 +58,8 @@ VALUES = {
     "ROWS_AT_ONCE": (1, 2, 4, 8),
     "ROWS_OF_SPLIT": (16, 32, 64, 128, 256),
     "MAX_SPLITS": (16, 32, 64, 128),
+    "MATRIX_HEADS": (8, 16, 24),
+    "MATRIX_THREADGROUPS": (66, 132, 198, 264),
     "MERGE_ROWS": (1, 2, 4, 8),
     "MERGE_SIMDGROUPS": (1, 2, 4, 8),
 }

@@ -251,6 +251,61 @@ MSL_FN uint simd_min(uint a) { return __reduce_min_sync(0xffffffffu, a); }
 MSL_FN bool simd_any(bool a) { return __any_sync(0xffffffffu, a); }
 MSL_FN bool simd_all(bool a) { return __all_sync(0xffffffffu, a); }
 
+// ---- 8 x 8 matrices of a simdgroup ---------------------------------------------------------------------------------
+// Products of half or bfloat with sums in float. A lane has two neighbours of row lane / 4, and memory is read two values
+// at a time: rows begin at even elements. NVIDIA multiplies 16 x 8 by 8 x 8: two products are asked for by name.
+#define HAS_MULTIPLY_TWO
+template <class T, int COLS, int ROWS>
+struct simdgroup_matrix {
+  static_assert(COLS == 8 && ROWS == 8, "simdgroup_matrix: 8 x 8 is what there is");
+  vec<T, 2> elements;
+  MSL_FN vec<T, 2>& thread_elements() { return elements; }
+};
+namespace shim {
+MSL_FN uint matrix_lane() { return ((threadIdx.z * blockDim.y + threadIdx.y) * blockDim.x + threadIdx.x) % 32u; }
+}  // namespace shim
+template <class T, int COLS, int ROWS>
+MSL_FN simdgroup_matrix<T, COLS, ROWS> make_filled_simdgroup_matrix(T value) {
+  return simdgroup_matrix<T, COLS, ROWS>{vec<T, 2>(value)};
+}
+template <class T>
+MSL_FN void simdgroup_load(simdgroup_matrix<T, 8, 8>& m, const T* from, ulong per_row = 8, int = 0, bool transposed = false) {
+  const uint row = shim::matrix_lane() / 4, col = shim::matrix_lane() % 4 * 2;
+  if (transposed) {
+    m.elements = vec<T, 2>(from[col * per_row + row], from[(col + 1) * per_row + row]);
+  } else {
+    m.elements = *(const vec<T, 2>*)(from + row * per_row + col);
+  }
+}
+template <class T>
+MSL_FN void simdgroup_store(simdgroup_matrix<T, 8, 8> m, T* to, ulong per_row = 8, int = 0, bool transposed = false) {
+  const uint row = shim::matrix_lane() / 4, col = shim::matrix_lane() % 4 * 2;
+  if (transposed) {
+    to[col * per_row + row] = m.elements[0];
+    to[(col + 1) * per_row + row] = m.elements[1];
+  } else {
+    *(vec<T, 2>*)(to + row * per_row + col) = m.elements;
+  }
+}
+#define MSL_MULTIPLY(T, name)                                                                                        \
+  MSL_FN void multiply_two(simdgroup_matrix<float, 8, 8>& d0, simdgroup_matrix<float, 8, 8>& d1,                     \
+                           simdgroup_matrix<T, 8, 8> a0, simdgroup_matrix<T, 8, 8> a1, simdgroup_matrix<T, 8, 8> b) { \
+    uint columns; /* of b: where a lane had a row */                                                                 \
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(columns) : "r"(as_type<uint>(b.elements)));           \
+    asm("mma.sync.aligned.m16n8k8.row.col.f32." name "." name ".f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};" \
+        : "+f"(d0.elements.x), "+f"(d0.elements.y), "+f"(d1.elements.x), "+f"(d1.elements.y)                         \
+        : "r"(as_type<uint>(a0.elements)), "r"(as_type<uint>(a1.elements)), "r"(columns));                           \
+  }                                                                                                                  \
+  MSL_FN void simdgroup_multiply_accumulate(simdgroup_matrix<float, 8, 8>& d, simdgroup_matrix<T, 8, 8>& a,          \
+                                            simdgroup_matrix<T, 8, 8>& b, simdgroup_matrix<float, 8, 8>& c) {        \
+    simdgroup_matrix<float, 8, 8> none = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);                            \
+    simdgroup_matrix<float, 8, 8> sum = c;                                                                           \
+    multiply_two(sum, none, a, make_filled_simdgroup_matrix<T, 8, 8>(T(0.0f)), b);                                   \
+    d = sum;                                                                                                         \
+  }
+MSL_MULTIPLY(half, "f16")
+MSL_MULTIPLY(bfloat, "bf16")
+
 #define MSL_NAMES(T)                \
   typedef vec<T, 2> msl_##T##2;     \
   typedef vec<T, 3> msl_##T##3;     \

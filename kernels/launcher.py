@@ -193,12 +193,13 @@ def prepare(
     defines: Mapping[str, str] | None = None,
     threadgroup_bytes: int = 0,
     writes: Sequence[str] = (),
+    helpers: str | None = None,
 ) -> Launch:
     """The launch of `<op>.metal` with so many threadgroups of so many simdgroups.
 
     weights: by the name that the text has for each, in capitals; its planes become inputs, or with `layout` the one
-    array that holds them all. defines: more names for the text. Raises KernelRefusedError, naming the op, for what
-    Metal or CUDA could not run.
+    array that holds them all. defines: more names for the text. helpers: an op whose header it has too. Raises
+    KernelRefusedError, naming the op, for what Metal or CUDA could not run.
 
     writes: inputs that the kernel writes, which the text says too: its first line is `// writes: `, then their names
     with commas between. MLX does not know of such a write. So a launch must get these arrays row-contiguous (of any
@@ -228,8 +229,8 @@ def prepare(
         raise KernelRefusedError(op, f"{len(names) + len(outputs)} buffers; {MAX_BUFFERS} at most")
     if min(threadgroups) < 1:
         raise KernelRefusedError(op, f"an empty grid of {threadgroups} threadgroups")
-    own = HERE / f"{op}.h.metal"
-    header = _text("quants.h.metal") + (own.read_text() if own.exists() else "") + "".join(lines)
+    own = [HERE / f"{name}.h.metal" for name in dict.fromkeys((helpers or op, op))]
+    header = _text("quants.h.metal") + "".join(file.read_text() for file in own if file.exists()) + "".join(lines)
     body = _text(f"{op}.metal")
     _check_writes(op, body, inputs, writes)
     if back_end is mx.fast.cuda_kernel:

@@ -259,6 +259,32 @@ inline float2 rotate(float2 pair, float position, float wavelength) {
   return float2(pair.x * c - pair.y * s, pair.x * s + pair.y * c);
 }
 
+// A new row, from what kv_a_proj gives: norm and RoPE, as it is cached.
+template <class T, class R, class G, class W, class Word>
+inline void make_row(R rows, const device T* kv_a, uint latent, uint rope, G gains, float eps, W wavelengths, uint row,
+                     uint lane, thread Word* words) {
+  float2 values[R::PAIRS];
+  float squares = 0.0f;
+#pragma unroll
+  for (int p = 0; p < R::PAIRS; ++p) {
+    const uint pair = min(pair_of(rows, p, lane), (latent + rope) / 2 - 1);
+    values[p] = as_float<T>(load_pair(kv_a, pair));
+    squares += in_latent(rows, p, lane) ? values[p].x * values[p].x + values[p].y * values[p].y : 0.0f;
+  }
+  const float inverse = rsqrt(simd_sum(squares) / float(latent) + eps);
+#pragma unroll
+  for (int p = 0; p < R::PAIRS; ++p) {
+    const uint pair = pair_of(rows, p, lane);
+    if (in_latent(rows, p, lane)) {
+      values[p].x *= inverse * gains[pair * 2];
+      values[p].y *= inverse * gains[pair * 2 + 1];
+    } else if (in_row(rows, p, lane)) {
+      values[p] = rotate(values[p], float(row), wavelengths[pair - latent / 2]);
+    }
+  }
+  pack(rows, values, lane, words);
+}
+
 // The sums over all lanes of N values, N a power of 2; value lane / (32 / N) is left in the lane. The halving takes
 // N - 1 shuffles and what is left 5 - log2(N), where N sums apart would take 5 N.
 template <int N>

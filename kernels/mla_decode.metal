@@ -38,27 +38,9 @@ threadgroup Word* made = (threadgroup Word*)shared_sums;  // of each new row wha
 if (end > cached) {
   for (uint r = simdgroup; r <= query; r += uint(SIMDGROUPS)) {
     const uint row = cached + r;
-    float2 values[PAIRS];
-    float squares = 0.0f;
-#pragma unroll
-    for (int p = 0; p < PAIRS; ++p) {
-      const uint pair = min(pair_of(as_cached, p, lane), uint(WIDTH / 2 - 1));
-      values[p] = as_float<T>(load_pair(kv_a + r * uint(KV_A) + uint(KV_A - WIDTH), pair));
-      squares += in_latent(as_cached, p, lane) ? values[p].x * values[p].x + values[p].y * values[p].y : 0.0f;
-    }
-    const float inverse = rsqrt(simd_sum(squares) / float(LATENT) + EPS);
-#pragma unroll
-    for (int p = 0; p < PAIRS; ++p) {
-      const uint pair = pair_of(as_cached, p, lane);
-      if (in_latent(as_cached, p, lane)) {
-        values[p].x *= inverse * norm_weight[pair * 2];
-        values[p].y *= inverse * norm_weight[pair * 2 + 1];
-      } else if (in_row(as_cached, p, lane)) {
-        values[p] = rotate(values[p], float(row), wavelengths[pair - uint(LATENT / 2)]);
-      }
-    }
     Word words[WORDS];
-    pack(as_cached, values, lane, words);
+    make_row(as_cached, kv_a + r * uint(KV_A) + uint(KV_A - WIDTH), uint(LATENT), uint(ROPE), norm_weight, EPS, wavelengths,
+             row, lane, words);
 #pragma unroll
     for (int i = 0; i < WORDS; ++i) {
       made[(r * uint(WORDS) + uint(i)) * 32 + lane] = words[i];

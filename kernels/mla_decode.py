@@ -25,12 +25,15 @@ Source: DeepSeek-V2 (arXiv 2405.04434), section 2.1 and appendix C, with k_b abs
 
 The kernels take up to 8 queries and latents of up to 2,048, or of 512 in 8 bits, which they read as they stand. The
 context is split among threadgroups, each of which reads its rows once for a few heads (S * (R + P) values for every
-group of heads, from the device's cache after the first). A second launch (`mla_merge`) adds up the splits and
-multiplies by v_b. The new rows are made by whoever needs them and stored by one. MLX does not know of the write: later
-readers must depend on `y`, as the next token does. A full cache must be refused by the caller, before.
+group of heads, from the device's cache after the first). Where a cache of 16 bits has room for `MATRIX_ROWS`,
+`mla_matrix` does the same with products of 8 x 8 matrices, a row's weight rounded to 16 bits. A second launch
+(`mla_merge`) adds up the splits and multiplies by v_b. The new rows are made by whoever needs them and stored by one.
+MLX does not know of the write: later readers must depend on `y`, as the next token does. A full cache must be refused
+by the caller, before.
 """
 
 import math
+from dataclasses import dataclass
 from functools import cache as memoised
 from functools import lru_cache
 from typing import NamedTuple
@@ -49,6 +52,11 @@ ROWS_AT_ONCE = 2  # rows that a lane loads in one go
 # Rows that are worth a threadgroup of their own, and splits: for 20 heads 260 threadgroups, which an H200 has room for.
 ROWS_OF_SPLIT, MAX_SPLITS = 32, 52
 MERGE_ROWS, MERGE_SIMDGROUPS = 4, 8  # rows of v_b of a simdgroup, simdgroups of a threadgroup
+# In long contexts, where products of matrices take over: rows of the cache from which on, heads of a threadgroup,
+# threadgroups for all heads (an H200 has room for 132), simdgroups of each.
+MATRIX_ROWS = 1024
+MATRIX_HEADS, MATRIX_THREADGROUPS = 16, 132
+MATRIX_SIMDGROUPS = 8
 MAX_LATENT = 2048  # a lane holds whole rows of v_b
 MAX_PACKED = 512  # the same of rows in 8 bits: 16 values a lane, under one scale
 
@@ -240,64 +248,15 @@ def _launches(
     layout: launcher.Layout | None,
 ) -> tuple[launcher.Launch, launcher.Launch]:
     """`room`: rows of the cache, to a power of 2."""
-    heads_at_once, simdgroups, rows_at_once, rows_of_split, most, merge_rows, merge_simdgroups = launch_shape(
-        "mla_decode",
-        f"{heads} heads, {latent_dim} + {rope_dim}, {room} rows" + " in 8 bits" * (stored == mx.uint8),
-        length,
-        HEADS_AT_ONCE=HEADS_AT_ONCE,
-        SIMDGROUPS=SIMDGROUPS,
-        ROWS_AT_ONCE=ROWS_AT_ONCE,
-        ROWS_OF_SPLIT=ROWS_OF_SPLIT,
-        MAX_SPLITS=MAX_SPLITS,
-        MERGE_ROWS=MERGE_ROWS,
-        MERGE_SIMDGROUPS=MERGE_SIMDGROUPS,
-    )
-    # Half of the simdgroups put their sums into threadgroup memory.
-    half = (simdgroups + 1) // 2
-    while heads_at_once > 1 and half * heads_at_once * (latent_dim + 2) * 4 > launcher.MAX_THREADGROUP_BYTES:
-        heads_at_once //= 2
-    splits = min(most, max(1, room // rows_of_split))
+    what = f"{heads} heads, {latent_dim} + {rope_dim}, {room} rows" + " in 8 bits" * (stored == mx.uint8)
     values = v_b[1][1]
     fits = v_b[1] == (heads, values, latent_dim)
-    scores = heads_at_once * rows_at_once
-    launcher.require(
-        "mla_decode",
-        (fits, f"v_b of shape {v_b[1]} for {heads} heads of {latent_dim} values"),
-        (32 % scores == 0, f"{heads_at_once} heads and {rows_at_once} rows at once; their product must divide 32"),
+    launcher.require("mla_decode", (fits, f"v_b of shape {v_b[1]} for {heads} heads of {latent_dim} values"))
+    attention = _Attention(
+        heads, length, latent_dim, rope_dim, qk_head_dim - rope_dim, kv_a_dim, room, dtype, stored, eps, scale, what
     )
-    half_of_them = half * heads_at_once
-    # What a lane has of a row, in words of 4 bytes.
-    words = 5 + -(-rope_dim // 64) if stored == mx.uint8 else -(-(latent_dim + rope_dim) // 64) * dtype.size // 2
-    made = length * 32 * words  # of the new rows
-    shared = max(half_of_them * latent_dim, made)
-    attend = launcher.prepare(
-        back_end,
-        "mla_decode",
-        inputs=["q_latent", "q", "kv_a", "norm_weight", "wavelengths", "cache", "position"],
-        writes=["cache"],
-        weights={},
-        # Of each split its sums, its largest score, and its sum of exponentials.
-        outputs={"partial": ((heads, length, splits, latent_dim + 2), mx.float32)},
-        template={
-            "T": dtype,
-            "STORED": stored,
-            "HEADS": heads,
-            "QUERIES": length,
-            "LATENT": latent_dim,
-            "ROPE": rope_dim,
-            "NOPE": qk_head_dim - rope_dim,
-            "KV_A": kv_a_dim,
-            "HEADS_AT_ONCE": heads_at_once,
-            "ROWS_AT_ONCE": rows_at_once,
-            "SIMDGROUPS": simdgroups,
-            "SHARED": shared,
-        },
-        # Powers of 2 are one instruction, powers of e two.
-        defines={"SCALE": f"{scale * math.log2(math.e)!r}f", "EPS": f"{eps!r}f"},
-        threadgroups=(splits, -(-heads // heads_at_once), length),
-        simdgroups=simdgroups,
-        threadgroup_bytes=(shared + half_of_them * 2) * 4,
-    )
+    attend_by = _matrices if _takes_matrices(attention) else _vectors
+    attend, splits, merge_rows, merge_simdgroups = attend_by(back_end, attention)
     merge = launcher.prepare(
         back_end,
         "mla_merge",
@@ -320,3 +279,142 @@ def _launches(
         threadgroup_bytes=latent_dim * 4,
     )
     return attend, merge
+
+
+@dataclass(frozen=True)
+class _Attention:
+    """What the launches of attention are prepared for; `what`: their name in tables of launch shapes."""
+
+    heads: int
+    length: int
+    latent_dim: int
+    rope_dim: int
+    nope_dim: int
+    kv_a_dim: int
+    room: int
+    dtype: mx.Dtype
+    stored: mx.Dtype
+    eps: float
+    scale: float
+    what: str
+
+    @property
+    def width(self) -> int:
+        return self.latent_dim + self.rope_dim
+
+    def prepare(
+        self,
+        back_end: launcher.BackEnd,
+        op: str,
+        splits: int,
+        heads_at_once: int,
+        simdgroups: int,
+        shared: int,
+        more_shared: int = 0,
+        **template: int | mx.Dtype,
+    ) -> launcher.Launch:
+        """shared, more_shared: floats of threadgroup memory, those that the text sizes by SHARED and others."""
+        return launcher.prepare(
+            back_end,
+            op,
+            inputs=["q_latent", "q", "kv_a", "norm_weight", "wavelengths", "cache", "position"],
+            writes=["cache"],
+            weights={},
+            # Of each split its sums, its largest score, and its sum of exponentials.
+            outputs={"partial": ((self.heads, self.length, splits, self.latent_dim + 2), mx.float32)},
+            template={
+                "T": self.dtype,
+                "HEADS": self.heads,
+                "QUERIES": self.length,
+                "LATENT": self.latent_dim,
+                "ROPE": self.rope_dim,
+                "NOPE": self.nope_dim,
+                "KV_A": self.kv_a_dim,
+                "HEADS_AT_ONCE": heads_at_once,
+                "SIMDGROUPS": simdgroups,
+                "SHARED": shared,
+                **template,
+            },
+            # Powers of 2 are one instruction, powers of e two.
+            defines={"SCALE": f"{self.scale * math.log2(math.e)!r}f", "EPS": f"{self.eps!r}f"},
+            helpers="mla_decode",
+            threadgroups=(splits, -(-self.heads // heads_at_once), self.length),
+            simdgroups=simdgroups,
+            threadgroup_bytes=(shared + more_shared) * 4,
+        )
+
+
+def _vectors(back_end: launcher.BackEnd, a: _Attention) -> tuple[launcher.Launch, int, int, int]:
+    """And its number of splits, and rows and simdgroups of `mla_merge`."""
+    heads_at_once, simdgroups, rows_at_once, rows_of_split, most, *merge = launch_shape(
+        "mla_decode",
+        a.what,
+        a.length,
+        HEADS_AT_ONCE=HEADS_AT_ONCE,
+        SIMDGROUPS=SIMDGROUPS,
+        ROWS_AT_ONCE=ROWS_AT_ONCE,
+        ROWS_OF_SPLIT=ROWS_OF_SPLIT,
+        MAX_SPLITS=MAX_SPLITS,
+        MERGE_ROWS=MERGE_ROWS,
+        MERGE_SIMDGROUPS=MERGE_SIMDGROUPS,
+    )
+    # Half of the simdgroups put their sums into threadgroup memory.
+    half = (simdgroups + 1) // 2
+    while heads_at_once > 1 and half * heads_at_once * (a.latent_dim + 2) * 4 > launcher.MAX_THREADGROUP_BYTES:
+        heads_at_once //= 2
+    scores = heads_at_once * rows_at_once
+    launcher.require(
+        "mla_decode",
+        (32 % scores == 0, f"{heads_at_once} heads and {rows_at_once} rows at once; their product must divide 32"),
+    )
+    splits = min(most, max(1, a.room // rows_of_split))
+    half_of_them = half * heads_at_once
+    # What a lane has of a row, in words of 4 bytes.
+    words = 5 + -(-a.rope_dim // 64) if a.stored == mx.uint8 else -(-a.width // 64) * a.dtype.size // 2
+    shared = max(half_of_them * a.latent_dim, a.length * 32 * words)  # or the new rows
+    launch = a.prepare(
+        back_end,
+        "mla_decode",
+        splits,
+        heads_at_once,
+        simdgroups,
+        shared,
+        half_of_them * 2,
+        STORED=a.stored,
+        ROWS_AT_ONCE=rows_at_once,
+    )
+    return launch, splits, merge[0], merge[1]
+
+
+def _takes_matrices(a: _Attention) -> bool:
+    """Whether `mla_matrix` reads such rows, and there may be enough of them that it is faster."""
+    whole = a.latent_dim % (8 * MATRIX_SIMDGROUPS) == 0 and a.rope_dim % 8 == 0
+    fits = 4 * _matrix_shared(a, MATRIX_HEADS) <= launcher.MAX_THREADGROUP_BYTES
+    return whole and fits and a.room >= MATRIX_ROWS and a.stored == a.dtype != mx.float32
+
+
+def _matrix_shared(a: _Attention, heads_at_once: int) -> int:
+    """Floats of threadgroup memory: scores by simdgroup, factors and weights; or the queries, or the last rows."""
+    working = MATRIX_SIMDGROUPS * heads_at_once * 36 + heads_at_once * (8 + 40 // 2)
+    return max(working, max(heads_at_once, 16) * a.width // 2)
+
+
+def _matrices(back_end: launcher.BackEnd, a: _Attention) -> tuple[launcher.Launch, int, int, int]:
+    """As `_vectors`."""
+    heads_at_once, threadgroups, *merge = launch_shape(
+        "mla_decode",
+        a.what,
+        a.length,
+        MATRIX_HEADS=MATRIX_HEADS,
+        MATRIX_THREADGROUPS=MATRIX_THREADGROUPS,
+        MERGE_ROWS=MERGE_ROWS,
+        MERGE_SIMDGROUPS=MERGE_SIMDGROUPS,
+    )
+    launcher.require(
+        "mla_decode", (heads_at_once % 8 == 0, f"{heads_at_once} heads at once; a multiple of 8 is possible")
+    )
+    heads_at_once = min(heads_at_once, -(-a.heads // 8) * 8)
+    splits = max(1, threadgroups // -(-a.heads // heads_at_once))
+    shared = _matrix_shared(a, heads_at_once)
+    launch = a.prepare(back_end, "mla_matrix", splits, heads_at_once, MATRIX_SIMDGROUPS, shared)
+    return launch, splits, merge[0], merge[1]

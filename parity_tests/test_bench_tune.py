@@ -97,7 +97,17 @@ def test_an_entry_for_another_text_of_the_kernel_is_not_used(capsys: pytest.Capt
     ("op", "texts"),
     [
         ("qmv", {"qmv.metal", "qmv.h.metal", "quants.h.metal"}),
-        ("mla_decode", {"mla_decode.metal", "mla_decode.h.metal", "mla_merge.metal", "quants.h.metal"}),
+        (
+            "mla_decode",
+            {
+                "mla_decode.metal",
+                "mla_decode.h.metal",
+                "mla_matrix.metal",
+                "mla_matrix.h.metal",
+                "mla_merge.metal",
+                "quants.h.metal",
+            },
+        ),
     ],
 )
 def test_the_text_of_an_op_is_all_that_it_launches(

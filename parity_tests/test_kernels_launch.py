@@ -115,6 +115,14 @@ SHAPES: list[tuple[Case, dict[str, int]]] = [
         {"HEADS_AT_ONCE": 1, "SIMDGROUPS": 1, "ROWS_AT_ONCE": 2, "ROWS_OF_SPLIT": 8, "MERGE_ROWS": 5},
     ),
     (
+        Mla(20, 300, 128, 32, dtype=mx.bfloat16, room=1024),
+        {"MATRIX_HEADS": 8, "MATRIX_THREADGROUPS": 50, "MERGE_ROWS": 5},
+    ),
+    (
+        Mla(20, 300, 64, 16, tokens=2, dtype=mx.float16, room=1024),
+        {"MATRIX_HEADS": 24, "MATRIX_THREADGROUPS": 9},
+    ),
+    (
         Mla(9, 200),
         {"HEADS_AT_ONCE": 8, "SIMDGROUPS": 5, "ROWS_AT_ONCE": 1, "MERGE_SIMDGROUPS": 2},
     ),

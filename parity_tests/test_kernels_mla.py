@@ -7,8 +7,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from kernels import launcher
 from kernels.mla_decode import (
     HEADS_AT_ONCE,
+    MATRIX_HEADS,
+    MATRIX_ROWS,
+    MATRIX_THREADGROUPS,
     MAX_LATENT,
     MAX_SPLITS,
     MERGE_ROWS,
@@ -55,11 +59,37 @@ REAL = [
     Mla(20, 129, 512, 64, tokens=8, kind="Q6_K", values=256),
     Mla(16, 1000, 512, 64, tokens=2, dtype=mx.float16, kind="Q4_0", values=128),
 ]
+# In caches with room for many rows, by matrices: contexts on both sides of eight rows, of a turn and of a split, with
+# new rows that begin a whole eight and that do not, and heads on both sides of a matrix and of a threadgroup.
+EDGES = (8, 32, 40, 8 * MATRIX_THREADGROUPS // 2, 32 * MATRIX_THREADGROUPS // 2 + 8)
+MATRIX_WIDTHS = ((64, 8), (128, 32), (512, 64), (192, 72))
+MATRIX = [
+    Mla((1, 8, 9, 16, 17, 20)[i % 6], context, *MATRIX_WIDTHS[i % 4], tokens=min(context, 1 + (3 * i) % 8),
+        room=MATRIX_ROWS, dtype=DTYPES[1 + i % 2])
+    for i, context in enumerate(sorted({1, 2, 7} | {edge + d for edge in EDGES for d in (-1, 0, 1, 5)}))
+] + [Mla(MATRIX_HEADS + 8, 45, 64, 16, dtype=mx.float16, room=MATRIX_ROWS, tokens=8, before=24)]  # fmt: skip
 
 
-@pytest.mark.parametrize("case", [*CASES, *MOSTLY_EMPTY, *V_B], ids=str)
+@pytest.mark.parametrize("case", [*CASES, *MOSTLY_EMPTY, *V_B, *MATRIX], ids=str)
 def test_agrees_with_float64(case: Mla) -> None:
     verify(case)
+
+
+def test_long_contexts_of_16_bits_are_read_by_matrices() -> None:
+    """And no others: of float32, in 8 bits, in small caches, or of widths that are no whole matrices."""
+    for case, wanted in {
+        Mla(20, 9, 512, 64, dtype=mx.bfloat16, room=MATRIX_ROWS): "mla_matrix",
+        Mla(20, 9, 512, 64, dtype=mx.float16, room=MATRIX_ROWS): "mla_matrix",
+        Mla(20, 9, 512, 64, dtype=mx.bfloat16, room=MATRIX_ROWS - 10): "mla_decode",
+        Mla(20, 9, 512, 64, room=MATRIX_ROWS): "mla_decode",
+        Mla(20, 9, 512, 64, dtype=mx.bfloat16, room=MATRIX_ROWS, packed=True): "mla_decode",
+        Mla(20, 9, 96, 16, dtype=mx.bfloat16, room=MATRIX_ROWS): "mla_decode",
+        Mla(20, 9, 64, 12, dtype=mx.bfloat16, room=MATRIX_ROWS): "mla_decode",
+        Mla(2, 9, 2048, 64, dtype=mx.bfloat16, room=MATRIX_ROWS): "mla_decode",
+    }.items():
+        with launcher.recording() as launches:
+            case.kernel()
+        assert [launch.op for launch, _ in launches] == [wanted, "mla_merge"]
 
 
 @pytest.mark.parametrize("case", REAL, ids=str)
@@ -134,33 +164,47 @@ def test_what_is_not_finite_in_8_bits_stays_with_the_queries_that_see_it(value: 
     assert not np.isnan(float64(y)[0, 0]).any()
 
 
-FAR = [(100, 0), (100, 40), (100, 98), (2100, 2000)]  # context, a row of it
+# context, a row of it, dtype: float32 by vectors, bfloat16 by matrices
+FAR = [
+    *((context, at, mx.float32) for context, at in [(100, 0), (100, 40), (100, 98), (2100, 2000)]),
+    *((context, at, mx.bfloat16) for context, at in [(100, 0), (100, 40), (100, 95), (100, 98), (2100, 2000)]),
+]
 
 
-def attend(q_latent: np.ndarray, rows: np.ndarray, new: np.ndarray | None = None) -> np.ndarray:
+def attend(
+    q_latent: np.ndarray, rows: np.ndarray, dtype: mx.Dtype = mx.float32, new: np.ndarray | None = None
+) -> np.ndarray:
     """(5, 64): one query of each of five heads, without RoPE, over rows of 80 of which the last is the query's own.
     v_b changes nothing."""
     case = Mla(5, rows.shape[1])
     _, q, kv_a, norm, wavelengths, _, position = case.inputs
     own = kv_a if new is None else mx.array(new)
-    others = (own, norm, wavelengths, mx.array(rows), position)
+    room = MATRIX_ROWS if dtype != mx.float32 else 0
+    cache = mx.contiguous(mx.pad(mx.array(rows), [(0, 0), (0, room), (0, 0)], constant_values=mx.nan).astype(dtype))
+    others = (own.astype(dtype), norm, wavelengths, cache, position)
     v_b = mx.repeat(mx.eye(64)[None], 5, axis=0)
-    (y,) = run(lambda: [mla_decode(mx.array(q_latent), 0 * mx.nan_to_num(q), *others, 1.0, v_b)[0]], launches=2)
-    return np.array(y).reshape(5, 64)
+    no_rope = (0 * mx.nan_to_num(q)).astype(dtype)
+    (y,) = run(lambda: [mla_decode(mx.array(q_latent).astype(dtype), no_rope, *others, 1.0, v_b)[0]], launches=2)
+    return float64(y).reshape(5, 64)
 
 
-@pytest.mark.parametrize(("context", "at"), FAR)
-def test_one_row_that_wins_is_the_result(context: int, at: int) -> None:
+def rounded(values: np.ndarray, dtype: mx.Dtype) -> np.ndarray:
+    return float64(mx.array(values).astype(dtype))
+
+
+@pytest.mark.parametrize(("context", "at", "dtype"), FAR)
+def test_one_row_that_wins_is_the_result(context: int, at: int, dtype: mx.Dtype) -> None:
     """Scores far above all others: nothing overflows, wherever the winner is."""
     rows = np.random.default_rng(0).standard_normal((1, context, 80)).astype(np.float32)
     rows[0, at, 0] = 1e4
     q_latent = np.zeros((1, 5, 1, 64), np.float32)
     q_latent[..., 0] = 1.0
-    np.testing.assert_array_equal(attend(q_latent, rows), np.tile(rows[0, at, :64], (5, 1)))
+    want = np.tile(rounded(rows[0, at, :64], dtype), (5, 1))
+    np.testing.assert_array_equal(attend(q_latent, rows, dtype), want)
 
 
-@pytest.mark.parametrize(("context", "at"), FAR)
-def test_the_best_of_scores_far_below_zero_is_the_result(context: int, at: int) -> None:
+@pytest.mark.parametrize(("context", "at", "dtype"), FAR)
+def test_the_best_of_scores_far_below_zero_is_the_result(context: int, at: int, dtype: mx.Dtype) -> None:
     rows = np.random.default_rng(0).standard_normal((1, context, 80)).astype(np.float32)
     rows[0, :, 0] = -1
     rows[0, at, 0] = -0.5
@@ -168,10 +212,12 @@ def test_the_best_of_scores_far_below_zero_is_the_result(context: int, at: int) 
     new[..., 0] = -1  # normed, -8
     q_latent = np.zeros((1, 5, 1, 64), np.float32)
     q_latent[..., 0] = 1e4
-    np.testing.assert_array_equal(attend(q_latent, rows, new), np.tile(rows[0, at, :64], (5, 1)))
+    want = np.tile(rounded(rows[0, at, :64], dtype), (5, 1))
+    np.testing.assert_array_equal(attend(q_latent, rows, dtype, new), want)
 
 
-def test_heads_do_not_share_a_largest_score() -> None:
+@pytest.mark.parametrize(("dtype", "near"), [(mx.float32, 1e-5), (mx.bfloat16, 2**-8)])
+def test_heads_do_not_share_a_largest_score(dtype: mx.Dtype, near: float) -> None:
     """Every second head sees scores of 0 beside a neighbour's of 10,000: it gives the mean of the rows."""
     rows = np.random.default_rng(0).standard_normal((1, 100, 80)).astype(np.float32)
     rows[0, 40, 0] = 1e4
@@ -179,14 +225,17 @@ def test_heads_do_not_share_a_largest_score() -> None:
     q_latent[0, ::2, 0, 0] = 1.0
     own = np.zeros((1, 1, 80), np.float32)
     rows[0, 99] = 0
-    out = attend(q_latent, rows, own)
-    np.testing.assert_array_equal(out[::2], np.tile(rows[0, 40, :64], (3, 1)))
-    np.testing.assert_allclose(out[1::2], np.tile(rows[0, :, :64].mean(axis=0), (2, 1)), rtol=1e-5, atol=1e-6)
+    out = attend(q_latent, rows, dtype, own)
+    held = rounded(rows[0, :, :64], dtype)
+    np.testing.assert_array_equal(out[::2], np.tile(held[40], (3, 1)))
+    np.testing.assert_allclose(out[1::2], np.tile(held.mean(axis=0), (2, 1)), rtol=near, atol=near / 10)
 
 
-def test_what_is_not_finite_stays_with_the_queries_that_see_it() -> None:
+@pytest.mark.parametrize(
+    "case", [Mla(5, 70, tokens=3), Mla(5, 70, tokens=3, dtype=mx.bfloat16, room=MATRIX_ROWS)], ids=str
+)
+def test_what_is_not_finite_stays_with_the_queries_that_see_it(case: Mla) -> None:
     """A new row of NaN reaches every query that sees it, and no other; a query of NaN, only itself."""
-    case = Mla(5, 70, tokens=3)
     q_latent, q, kv_a, *others = *case.inputs, case.scale, case.v_b
 
     def by_head(*inputs: Any) -> np.ndarray:
@@ -194,23 +243,26 @@ def test_what_is_not_finite_stays_with_the_queries_that_see_it() -> None:
         (y,) = run(lambda: [mla_decode(*inputs, *others)[0]], launches=2)
         return float64(y).reshape(3, 5, -1)
 
+    def with_nan(x: mx.array, *at: int) -> mx.array:
+        values = float64(x)
+        values[at] = np.nan
+        return mx.array(values.astype(np.float32)).astype(x.dtype)
+
     clean = by_head(q_latent, q, kv_a)
-    new = np.array(kv_a)
-    new[0, 1] = np.nan
-    got = by_head(q_latent, q, mx.array(new))
+    got = by_head(q_latent, q, with_nan(kv_a, 0, 1))
     assert np.isnan(got[1:]).all()
     np.testing.assert_array_equal(got[0], clean[0])
-    queries = np.array(q_latent)
-    queries[0, 2, 1] = np.nan
-    got = by_head(mx.array(queries), q, kv_a)
+    got = by_head(with_nan(q_latent, 0, 2, 1), q, kv_a)
     assert np.isnan(got[1, 2]).all()
     queries_left = np.ones((3, 5), bool)
     queries_left[1, 2] = False
     np.testing.assert_array_equal(got[queries_left], clean[queries_left])
 
 
-def test_rows_are_written_in_place_and_nothing_else_is() -> None:
-    case = Mla(4, 37, tokens=2)
+@pytest.mark.parametrize(
+    "case", [Mla(4, 37, tokens=2), Mla(4, 37, tokens=2, dtype=mx.float16, room=MATRIX_ROWS)], ids=str
+)
+def test_rows_are_written_in_place_and_nothing_else_is(case: Mla) -> None:
     cache = case.inputs[5]
     before = np.array(cache)
     (_, after) = run(lambda: list(mla_decode(*case.inputs, case.scale, case.v_b)), launches=2)

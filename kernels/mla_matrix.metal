@@ -1,0 +1,252 @@
+// writes: cache
+// Grid: splits of the context, groups of HEADS_AT_ONCE heads, queries. As mla_decode.metal, for long contexts: scores and
+// sums are products of 8 x 8 matrices, and all heads of a threadgroup meet a row when it is loaded, which is once. Each
+// simdgroup has a share of the dimensions, of all rows: of ROWS at a time it computes what its dimensions give to the
+// scores, then all meet, then it weighs its dimensions of the same rows, which it still holds.
+//
+//   rows x dimensions (keys)  *  dimensions x heads (queries)  ->  rows x heads, summed over simdgroups
+//   heads x rows (weights)    *  rows x dimensions (keys)      ->  heads x dimensions
+//
+// The last split takes the rows past the last whole eight, among them the new ones: they are made, or copied, into
+// threadgroup memory, with zeros up to TAIL.
+threadgroup float shared[SHARED];
+typedef Rows<T, LATENT, ROPE> CachedRows;
+typedef typename CachedRows::Word Word;
+typedef simdgroup_matrix<T, 8, 8> Matrix;
+typedef simdgroup_matrix<float, 8, 8> Sums;
+constexpr CachedRows as_cached = {};
+constexpr int WIDTH = LATENT + ROPE;
+constexpr int TILES = HEADS_AT_ONCE / 8;
+constexpr int OWN_HEADS = HEADS_AT_ONCE / SIMDGROUPS;    // of a simdgroup in the softmax
+constexpr int LATENT_TILES = LATENT / 8 / SIMDGROUPS;  // of a simdgroup, here and below
+constexpr int ROPE_TILES = (ROPE / 8 + SIMDGROUPS - 1) / SIMDGROUPS;
+constexpr int DIMENSION_TILES = LATENT_TILES + ROPE_TILES;
+constexpr int ROWS = 32;  // at a time: in the softmax a lane has one
+constexpr int ROW_TILES = ROWS / 8;
+constexpr int TAIL = 16;             // 7 rows that are not a whole eight, and up to 8 new ones, one of which is the query's
+constexpr int SCORE_STRIDE = 36;     // of a head; so that lanes of a load or store meet different banks, as below
+constexpr int WEIGHT_STRIDE = 40;
+const uint lane = thread_index_in_simdgroup;
+const uint simdgroup = simdgroup_index_in_threadgroup;
+const uint split = threadgroup_position_in_grid.x;
+const uint first_head = threadgroup_position_in_grid.y * uint(HEADS_AT_ONCE);
+const uint query = threadgroup_position_in_grid.z;
+const uint splits = threadgroups_per_grid.x;
+device T* rows = (device T*)cache;
+threadgroup T* staged = (threadgroup T*)shared;  // the queries in the beginning, the tail in the end
+threadgroup float* factors = shared + SIMDGROUPS * HEADS_AT_ONCE * SCORE_STRIDE;  // 8 times that of each head
+threadgroup T* weights = (threadgroup T*)(factors + HEADS_AT_ONCE * 8);
+const uint cached = uint(position[0]);
+const uint visible = cached + query + 1;  // rows that this query sees
+const uint whole = cached / 8;            // tiles of rows in the cache
+const uint tiles_of_split = (whole + splits - 1) / splits;
+const uint first_tile = min(whole, split * tiles_of_split);
+const uint end_tile = min(whole, first_tile + tiles_of_split);
+const uint blocks = (end_tile - first_tile + uint(ROW_TILES - 1)) / uint(ROW_TILES);
+const bool has_tail = split == splits - 1;
+
+uint dimension[DIMENSION_TILES];  // the first of each tile
+#pragma unroll
+for (int k = 0; k < DIMENSION_TILES; ++k) {
+  dimension[k] = k < LATENT_TILES ? (simdgroup * uint(LATENT_TILES) + uint(k)) * 8
+                                  : uint(LATENT) + (uint(k - LATENT_TILES) * uint(SIMDGROUPS) + simdgroup) * 8;
+}
+
+// Queries: k_pe's part is rotated; that of a head that there is not is never looked at.
+for (uint i = thread_index_in_threadgroup; i < uint(HEADS_AT_ONCE * WIDTH / 2); i += uint(SIMDGROUPS * 32)) {
+  const uint head = min(first_head + i / uint(WIDTH / 2), uint(HEADS - 1));
+  const uint pair = i % uint(WIDTH / 2);
+  Word word;
+  if (pair < uint(LATENT / 2)) {
+    word = load_pair(q_latent + (head * uint(QUERIES) + query) * uint(LATENT), pair);
+  } else {
+    const uint turn = pair - uint(LATENT / 2);
+    const auto k_pe = q + (query * uint(HEADS) + head) * uint(NOPE + ROPE) + NOPE;
+    word = as_pair(rotate(as_float<T>(load_pair(k_pe, turn)), float(cached + query), wavelengths[turn]), T(0.0f));
+  }
+  ((threadgroup Word*)staged)[i] = word;
+}
+threadgroup_barrier(mem_flags::mem_threadgroup);
+Matrix queries[TILES][DIMENSION_TILES];  // dimensions x heads
+#pragma unroll
+for (int t = 0; t < TILES; ++t) {
+#pragma unroll
+  for (int k = 0; k < DIMENSION_TILES; ++k) {
+    queries[t][k] = make_filled_simdgroup_matrix<T, 8, 8>(T(0.0f));
+    if (dimension[k] < uint(WIDTH)) {
+      simdgroup_load(queries[t][k], staged + t * 8 * WIDTH + dimension[k], WIDTH, 0, true);
+    }
+  }
+}
+
+Sums sums[TILES][LATENT_TILES];  // heads x dimensions
+float largest[OWN_HEADS];        // of head simdgroup * OWN_HEADS + j
+float total[OWN_HEADS];
+#pragma unroll
+for (int j = 0; j < OWN_HEADS; ++j) {
+  largest[j] = -INFINITY;
+  total[j] = 0.0f;
+}
+#pragma unroll
+for (int t = 0; t < TILES; ++t) {
+#pragma unroll
+  for (int k = 0; k < LATENT_TILES; ++k) {
+    sums[t][k] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
+  }
+}
+
+constexpr int KEYS = ROW_TILES * DIMENSION_TILES;
+constexpr int ALWAYS = ROPE % (8 * SIMDGROUPS) == 0 ? DIMENSION_TILES : LATENT_TILES;  // tiles that every simdgroup has
+Matrix keys[KEYS];  // rows x dimensions
+Matrix ahead[KEYS];
+if (blocks > 0) {
+  load_keys<ROW_TILES, DIMENSION_TILES, ALWAYS, WIDTH>(rows, first_tile, end_tile, dimension, keys);
+}
+threadgroup_barrier(mem_flags::mem_threadgroup);  // the queries have been read
+
+for (uint block = 0; block < blocks + uint(has_tail); ++block) {
+  uint count;  // rows of this block
+  if (block < blocks) {
+    const uint tile = first_tile + block * uint(ROW_TILES);
+    count = min(end_tile - tile, uint(ROW_TILES)) * 8;
+    if (block + 1 < blocks) {  // so that the rows need not be waited for
+      load_keys<ROW_TILES, DIMENSION_TILES, ALWAYS, WIDTH>(rows, tile + uint(ROW_TILES), end_tile, dimension, ahead);
+    }
+    LOADS_END
+  } else {
+    count = visible - whole * 8;
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    for (uint r = simdgroup; r < uint(TAIL); r += uint(SIMDGROUPS)) {
+      const uint row = whole * 8 + r;
+      Word words[CachedRows::WORDS] = {};
+      if (row < cached) {
+        load(as_cached, cache + size_t(row) * size_t(WIDTH), lane, words);
+      } else if (row < visible) {
+        make_row(as_cached, kv_a + (row - cached) * uint(KV_A) + uint(KV_A - WIDTH), uint(LATENT), uint(ROPE), norm_weight,
+                 EPS, wavelengths, row, lane, words);
+        if (first_head == 0 && query == uint(QUERIES - 1)) {
+          store(as_cached, words, lane, rows + size_t(row) * size_t(WIDTH));
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < CachedRows::WORDS; ++i) {
+        if (in_row(as_cached, i, lane)) {
+          ((threadgroup Word*)staged)[r * uint(WIDTH / 2) + uint(i) * 32 + lane] = words[i];
+        }
+      }
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+#pragma unroll
+    for (int r = 0; r < ROW_TILES; ++r) {
+#pragma unroll
+      for (int k = 0; k < DIMENSION_TILES; ++k) {
+        keys[r * DIMENSION_TILES + k] = make_filled_simdgroup_matrix<T, 8, 8>(T(0.0f));
+        if (r < TAIL / 8 && dimension[k] < uint(WIDTH)) {
+          simdgroup_load(keys[r * DIMENSION_TILES + k], staged + r * 8 * WIDTH + dimension[k], WIDTH);
+        }
+      }
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+  }
+
+#pragma unroll
+  for (int r = 0; r < ROW_TILES; r += 2) {
+#pragma unroll
+    for (int t = 0; t < TILES; ++t) {
+      Sums upper = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
+      Sums lower = upper;
+#pragma unroll
+      for (int k = 0; k < DIMENSION_TILES; ++k) {
+        multiply_two(upper, lower, keys[r * DIMENSION_TILES + k], keys[(r + 1) * DIMENSION_TILES + k], queries[t][k]);
+      }
+      threadgroup float* scores = shared + (simdgroup * uint(HEADS_AT_ONCE) + uint(t * 8)) * uint(SCORE_STRIDE) + r * 8;
+      simdgroup_store(upper, scores, SCORE_STRIDE, 0, true);
+      simdgroup_store(lower, scores + 8, SCORE_STRIDE, 0, true);
+    }
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+#pragma unroll
+  for (int j = 0; j < OWN_HEADS; ++j) {
+    const uint head = simdgroup * uint(OWN_HEADS) + uint(j);
+    float score = 0.0f;
+#pragma unroll
+    for (int s = 0; s < SIMDGROUPS; ++s) {
+      score += shared[(uint(s * HEADS_AT_ONCE) + head) * uint(SCORE_STRIDE) + lane];
+    }
+    score = lane < count ? score * float(SCALE) : -INFINITY;
+    const float larger = max(largest[j], simd_max(score));
+    const T weight = T(exp2(score - larger));
+    const float shrink = exp2(largest[j] - larger);
+    total[j] = fma(total[j], shrink, simd_sum(float(weight)));  // of what the sums are made with
+    largest[j] = larger;
+    weights[head * uint(WEIGHT_STRIDE) + lane] = weight;
+    if (lane < 8) {
+      factors[head * 8 + lane] = shrink;
+    }
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+#pragma unroll
+  for (int t = 0; t < TILES; ++t) {
+    Sums factor;
+    simdgroup_load(factor, factors + t * 64);
+    const float2 two = reinterpret_cast<thread float2&>(factor.thread_elements());
+    if (simd_any(two.x != 1.0f)) {
+#pragma unroll
+      for (int k = 0; k < LATENT_TILES; ++k) {
+        thread float2& pair = reinterpret_cast<thread float2&>(sums[t][k].thread_elements());
+        pair.x *= two.x;
+        pair.y *= two.y;
+      }
+    }
+  }
+#pragma unroll
+  for (int r = 0; r < ROW_TILES; ++r) {
+    Matrix weight[TILES];
+#pragma unroll
+    for (int t = 0; t < TILES; ++t) {
+      simdgroup_load(weight[t], weights + t * 8 * WEIGHT_STRIDE + r * 8, WEIGHT_STRIDE);
+    }
+#pragma unroll
+    for (int k = 0; k < LATENT_TILES; ++k) {
+#pragma unroll
+      for (int t = 0; t + 1 < TILES; t += 2) {
+        multiply_two(sums[t][k], sums[t + 1][k], weight[t], weight[t + 1], keys[r * DIMENSION_TILES + k]);
+      }
+      if (TILES % 2 == 1) {
+        simdgroup_multiply_accumulate(sums[TILES - 1][k], weight[TILES - 1], keys[r * DIMENSION_TILES + k],
+                                      sums[TILES - 1][k]);
+      }
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < KEYS; ++i) {
+    keys[i] = ahead[i];
+  }
+}
+
+// Through threadgroup memory, for the last heads may be fewer than 8.
+threadgroup_barrier(mem_flags::mem_threadgroup);
+threadgroup float* own = shared + simdgroup * 64;
+#pragma unroll
+for (int t = 0; t < TILES; ++t) {
+  const uint head = first_head + uint(t * 8) + lane / 4;
+  const uint at = (min(head, uint(HEADS - 1)) * uint(QUERIES) + query) * splits + split;
+#pragma unroll
+  for (int k = 0; k < LATENT_TILES; ++k) {
+    simdgroup_store(sums[t][k], own);
+    simdgroup_barrier(mem_flags::mem_threadgroup);
+    if (head < uint(HEADS)) {
+      const float2 pair = ((threadgroup float2*)own)[lane];
+      ((device float2*)partial)[at * uint(LATENT / 2 + 1) + dimension[k] / 2 + lane % 4] = pair;
+    }
+    simdgroup_barrier(mem_flags::mem_threadgroup);
+  }
+}
+#pragma unroll
+for (int j = 0; j < OWN_HEADS; ++j) {
+  const uint head = first_head + simdgroup * uint(OWN_HEADS) + uint(j);
+  if (lane == 0 && head < uint(HEADS)) {
+    const uint at = (head * uint(QUERIES) + query) * splits + split;
+    ((device float2*)partial)[at * uint(LATENT / 2 + 1) + uint(LATENT / 2)] = float2(largest[j], total[j]);
+  }
+}
