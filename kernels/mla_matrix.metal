@@ -45,26 +45,56 @@ const uint end_tile = min(whole, first_tile + tiles_of_split);
 const uint blocks = (end_tile - first_tile + uint(ROW_TILES - 1)) / uint(ROW_TILES);
 const bool has_tail = split == splits - 1;
 
-uint dimension[DIMENSION_TILES];  // the first of each tile
-#pragma unroll
-for (int k = 0; k < DIMENSION_TILES; ++k) {
-  dimension[k] = k < LATENT_TILES ? (simdgroup * uint(LATENT_TILES) + uint(k)) * 8
-                                  : uint(LATENT) + (uint(k - LATENT_TILES) * uint(SIMDGROUPS) + simdgroup) * 8;
+const uint latent = simdgroup * uint(LATENT_TILES * 8);  // where the simdgroup's dimensions begin, and those of k_pe
+const uint k_pe = uint(LATENT) + simdgroup * 8;
+
+// Which elements of a matrix a lane has: two neighbours of a row.
+for (uint i = lane; i < 64; i += 32) {
+  shared[simdgroup * 64 + i] = float(i);
 }
+simdgroup_barrier(mem_flags::mem_threadgroup);
+Sums numbers;
+simdgroup_load(numbers, shared + simdgroup * 64);
+const uint first = uint(reinterpret_cast<thread float2&>(numbers.thread_elements()).x);
+const uint own_row = first / 8;
+const uint own_pair = first % 8 / 2;
+
+constexpr int KEYS = ROW_TILES * DIMENSION_TILES;
+uint keys[KEYS];  // rows x dimensions: of each matrix the lane's pair
+uint ahead[KEYS];
+if (blocks > 0) {
+  load_keys<ROW_TILES, LATENT_TILES, ROPE_TILES, SIMDGROUPS * 8, WIDTH>(rows, first_tile, end_tile, own_row, own_pair, latent,
+                                                                        k_pe, keys);
+}
+LOADS_END
+threadgroup_barrier(mem_flags::mem_threadgroup);
 
 // Queries: k_pe's part is rotated; that of a head that there is not is never looked at.
-for (uint i = thread_index_in_threadgroup; i < uint(HEADS_AT_ONCE * WIDTH / 2); i += uint(SIMDGROUPS * 32)) {
-  const uint head = min(first_head + i / uint(WIDTH / 2), uint(HEADS - 1));
-  const uint pair = i % uint(WIDTH / 2);
-  Word word;
-  if (pair < uint(LATENT / 2)) {
-    word = load_pair(q_latent + (head * uint(QUERIES) + query) * uint(LATENT), pair);
-  } else {
-    const uint turn = pair - uint(LATENT / 2);
-    const auto k_pe = q + (query * uint(HEADS) + head) * uint(NOPE + ROPE) + NOPE;
-    word = as_pair(rotate(as_float<T>(load_pair(k_pe, turn)), float(cached + query), wavelengths[turn]), T(0.0f));
+constexpr int THREADS = SIMDGROUPS * 32;
+#pragma unroll
+for (int i = 0; i < (HEADS_AT_ONCE * LATENT / 8 + THREADS - 1) / THREADS; ++i) {
+  const uint four = uint(i * THREADS) + thread_index_in_threadgroup;  // pairs at once
+  const uint head = four / uint(LATENT / 8);
+  if (head < uint(HEADS_AT_ONCE)) {
+    const auto from = q_latent + (min(first_head + head, uint(HEADS - 1)) * uint(QUERIES) + query) * uint(LATENT);
+    const uint4 words = ((const device uint4*)from)[four % uint(LATENT / 8)];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const uint place = place_of<LATENT_TILES>(four % uint(LATENT / 8) * 4 + uint(j));
+      ((threadgroup uint*)staged)[head * uint(WIDTH / 2) + place] = words[j];
+    }
   }
-  ((threadgroup Word*)staged)[i] = word;
+}
+#pragma unroll
+for (int i = 0; i < (HEADS_AT_ONCE * ROPE / 2 + THREADS - 1) / THREADS; ++i) {
+  const uint turn = uint(i * THREADS) + thread_index_in_threadgroup;
+  const uint head = turn / uint(ROPE / 2);
+  const uint pair = turn % uint(ROPE / 2);
+  if (head < uint(HEADS_AT_ONCE)) {
+    const auto from = q + (query * uint(HEADS) + min(first_head + head, uint(HEADS - 1))) * uint(NOPE + ROPE) + NOPE;
+    const float2 value = rotate(as_float<T>(load_pair(from, pair)), float(cached + query), wavelengths[pair]);
+    ((threadgroup uint*)staged)[head * uint(WIDTH / 2) + uint(LATENT / 2) + pair] = as_pair(value, T(0.0f));
+  }
 }
 threadgroup_barrier(mem_flags::mem_threadgroup);
 Matrix queries[TILES][DIMENSION_TILES];  // dimensions x heads
@@ -72,9 +102,10 @@ Matrix queries[TILES][DIMENSION_TILES];  // dimensions x heads
 for (int t = 0; t < TILES; ++t) {
 #pragma unroll
   for (int k = 0; k < DIMENSION_TILES; ++k) {
+    const uint at = k < LATENT_TILES ? latent + uint(k * 8) : k_pe + uint((k - LATENT_TILES) * SIMDGROUPS * 8);
     queries[t][k] = make_filled_simdgroup_matrix<T, 8, 8>(T(0.0f));
-    if (dimension[k] < uint(WIDTH)) {
-      simdgroup_load(queries[t][k], staged + t * 8 * WIDTH + dimension[k], WIDTH, 0, true);
+    if (at < uint(WIDTH)) {
+      simdgroup_load(queries[t][k], staged + t * 8 * WIDTH + at, WIDTH, 0, true);
     }
   }
 }
@@ -95,13 +126,6 @@ for (int t = 0; t < TILES; ++t) {
   }
 }
 
-constexpr int KEYS = ROW_TILES * DIMENSION_TILES;
-constexpr int ALWAYS = ROPE % (8 * SIMDGROUPS) == 0 ? DIMENSION_TILES : LATENT_TILES;  // tiles that every simdgroup has
-Matrix keys[KEYS];  // rows x dimensions
-Matrix ahead[KEYS];
-if (blocks > 0) {
-  load_keys<ROW_TILES, DIMENSION_TILES, ALWAYS, WIDTH>(rows, first_tile, end_tile, dimension, keys);
-}
 threadgroup_barrier(mem_flags::mem_threadgroup);  // the queries have been read
 
 for (uint block = 0; block < blocks + uint(has_tail); ++block) {
@@ -110,7 +134,8 @@ for (uint block = 0; block < blocks + uint(has_tail); ++block) {
     const uint tile = first_tile + block * uint(ROW_TILES);
     count = min(end_tile - tile, uint(ROW_TILES)) * 8;
     if (block + 1 < blocks) {  // so that the rows need not be waited for
-      load_keys<ROW_TILES, DIMENSION_TILES, ALWAYS, WIDTH>(rows, tile + uint(ROW_TILES), end_tile, dimension, ahead);
+      load_keys<ROW_TILES, LATENT_TILES, ROPE_TILES, SIMDGROUPS * 8, WIDTH>(rows, tile + uint(ROW_TILES), end_tile, own_row,
+                                                                            own_pair, latent, k_pe, ahead);
     }
     LOADS_END
   } else {
@@ -131,7 +156,9 @@ for (uint block = 0; block < blocks + uint(has_tail); ++block) {
 #pragma unroll
       for (int i = 0; i < CachedRows::WORDS; ++i) {
         if (in_row(as_cached, i, lane)) {
-          ((threadgroup Word*)staged)[r * uint(WIDTH / 2) + uint(i) * 32 + lane] = words[i];
+          const uint pair = uint(i) * 32 + lane;
+          const uint place = pair < uint(LATENT / 2) ? place_of<LATENT_TILES>(pair) : pair;
+          ((threadgroup Word*)staged)[r * uint(WIDTH / 2) + place] = words[i];
         }
       }
     }
@@ -140,15 +167,19 @@ for (uint block = 0; block < blocks + uint(has_tail); ++block) {
     for (int r = 0; r < ROW_TILES; ++r) {
 #pragma unroll
       for (int k = 0; k < DIMENSION_TILES; ++k) {
-        keys[r * DIMENSION_TILES + k] = make_filled_simdgroup_matrix<T, 8, 8>(T(0.0f));
-        if (r < TAIL / 8 && dimension[k] < uint(WIDTH)) {
-          simdgroup_load(keys[r * DIMENSION_TILES + k], staged + r * 8 * WIDTH + dimension[k], WIDTH);
-        }
+        const uint at = k < LATENT_TILES ? latent + uint(k * 8) : k_pe + uint((k - LATENT_TILES) * SIMDGROUPS * 8);
+        const uint pairs = (uint(r * 8) + own_row) * uint(WIDTH / 2) + at / 2 + own_pair;
+        keys[r * DIMENSION_TILES + k] = r < TAIL / 8 && at < uint(WIDTH) ? ((threadgroup uint*)staged)[pairs] : 0u;
       }
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
   }
 
+  Matrix matrices[KEYS];
+#pragma unroll
+  for (int i = 0; i < KEYS; ++i) {
+    set_pair(matrices[i], keys[i]);
+  }
 #pragma unroll
   for (int r = 0; r < ROW_TILES; r += 2) {
 #pragma unroll
@@ -157,7 +188,7 @@ for (uint block = 0; block < blocks + uint(has_tail); ++block) {
       Sums lower = upper;
 #pragma unroll
       for (int k = 0; k < DIMENSION_TILES; ++k) {
-        multiply_two(upper, lower, keys[r * DIMENSION_TILES + k], keys[(r + 1) * DIMENSION_TILES + k], queries[t][k]);
+        multiply_two(upper, lower, matrices[r * DIMENSION_TILES + k], matrices[(r + 1) * DIMENSION_TILES + k], queries[t][k]);
       }
       threadgroup float* scores = shared + (simdgroup * uint(HEADS_AT_ONCE) + uint(t * 8)) * uint(SCORE_STRIDE) + r * 8;
       simdgroup_store(upper, scores, SCORE_STRIDE, 0, true);
@@ -210,10 +241,10 @@ for (uint block = 0; block < blocks + uint(has_tail); ++block) {
     for (int k = 0; k < LATENT_TILES; ++k) {
 #pragma unroll
       for (int t = 0; t + 1 < TILES; t += 2) {
-        multiply_two(sums[t][k], sums[t + 1][k], weight[t], weight[t + 1], keys[r * DIMENSION_TILES + k]);
+        multiply_two(sums[t][k], sums[t + 1][k], weight[t], weight[t + 1], matrices[r * DIMENSION_TILES + k]);
       }
       if (TILES % 2 == 1) {
-        simdgroup_multiply_accumulate(sums[TILES - 1][k], weight[TILES - 1], keys[r * DIMENSION_TILES + k],
+        simdgroup_multiply_accumulate(sums[TILES - 1][k], weight[TILES - 1], matrices[r * DIMENSION_TILES + k],
                                       sums[TILES - 1][k]);
       }
     }
@@ -237,7 +268,8 @@ for (int t = 0; t < TILES; ++t) {
     simdgroup_barrier(mem_flags::mem_threadgroup);
     if (head < uint(HEADS)) {
       const float2 pair = ((threadgroup float2*)own)[lane];
-      ((device float2*)partial)[at * uint(LATENT / 2 + 1) + dimension[k] / 2 + lane % 4] = pair;
+      const uint place = latent / 2 + lane % 4 * uint(LATENT_TILES) + uint(k);
+      ((device float2*)partial)[at * uint(LATENT / 2 + 1) + place] = pair;
     }
     simdgroup_barrier(mem_flags::mem_threadgroup);
   }

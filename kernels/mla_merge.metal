@@ -7,6 +7,7 @@ threadgroup float latent[LATENT];
 constexpr int PER_LANE = (SPLITS + 31) / 32;
 constexpr int DEPTH = (LATENT / 8 + 31) / 32;
 constexpr int THREADS = SIMDGROUPS * 32;
+constexpr int AT_ONCE = (SPLITS + (SPLITS + 35) / 36 - 1) / ((SPLITS + 35) / 36);  // splits of a turn
 constexpr int PAIRS = LATENT / 2 + 1;  // of a split: its sums, then its largest score and the sum of its exponentials
 const uint lane = thread_index_in_simdgroup;
 const uint first = (threadgroup_position_in_grid.x * uint(SIMDGROUPS) + simdgroup_index_in_threadgroup) * uint(ROWS);
@@ -50,12 +51,20 @@ total = simd_sum(total);
 for (uint begin = 0; begin < uint(LATENT / 2); begin += uint(THREADS)) {
   const uint pair = begin + thread_index_in_threadgroup;
   float2 sum = float2(0.0f, 0.0f);
-#pragma unroll 16
-  for (int i = 0; i < SPLITS; ++i) {
-    const float factor = simd_shuffle(factors[i / 32], ushort(i % 32));
-    const float2 values = partials[uint(i * PAIRS) + min(pair, uint(LATENT / 2 - 1))];
-    sum.x = fma(factor, values.x, sum.x);
-    sum.y = fma(factor, values.y, sum.y);
+#pragma unroll
+  for (int turn = 0; turn < SPLITS; turn += AT_ONCE) {
+    float2 values[AT_ONCE];
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; ++i) {
+      values[i] = partials[uint(min(turn + i, SPLITS - 1) * PAIRS) + min(pair, uint(LATENT / 2 - 1))];
+    }
+    LOADS_END
+#pragma unroll
+    for (int i = 0; i < AT_ONCE && turn + i < SPLITS; ++i) {
+      const float factor = simd_shuffle(factors[(turn + i) / 32], ushort((turn + i) % 32));
+      sum.x = fma(factor, values[i].x, sum.x);
+      sum.y = fma(factor, values[i].y, sum.y);
+    }
   }
   if (pair < uint(LATENT / 2)) {
     latent[pair * 2] = sum.x;
