@@ -11,7 +11,7 @@ An op asks `back_end()`. Without one (a CPU, or kernels switched off) it uses it
 import hashlib
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -21,7 +21,7 @@ from typing import Any, TypeAlias, cast
 import mlx.core as mx
 
 from kernels.cache_folder import cache_folder
-from kernels.planes import QUANT_TYPES, QuantizedTensor, Weight
+from kernels.planes import QUANT_TYPES, QuantizedTensor, QuantType, Weight
 
 HERE = Path(__file__).resolve().parent
 MAX_THREADS = 1024  # in a threadgroup
@@ -228,9 +228,9 @@ def prepare(
         raise KernelRefusedError(op, f"{len(names) + len(outputs)} buffers; {MAX_BUFFERS} at most")
     if min(threadgroups) < 1:
         raise KernelRefusedError(op, f"an empty grid of {threadgroups} threadgroups")
-    own = HERE / f"{op}.h.metal"
-    header = _text("quants.h.metal") + (own.read_text() if own.exists() else "") + "".join(lines)
-    body = _text(f"{op}.metal")
+    uses = _uses(weights.values(), template.values())
+    header = "".join(_shortened(_text(file), uses) for file in ("quants.h.metal", f"{op}.h.metal")) + "".join(lines)
+    body = _shortened(_text(f"{op}.metal"), uses)
     _check_writes(op, body, inputs, writes)
     if back_end is mx.fast.cuda_kernel:
         # CUDA's word for a threadgroup's array differs from its word for a pointer to one, which is none.
@@ -293,7 +293,38 @@ def _included(op: str, text: str) -> str:
 
 @cache
 def _text(name: str) -> str:
-    return (HERE / name).read_text()
+    """Of a file; nothing where there is none, as an op need not have a header of its own."""
+    file = HERE / name
+    return file.read_text() if file.exists() else ""
+
+
+def _uses(weights: Iterable[Kind], template: Iterable[int | bool | mx.Dtype]) -> set[str]:
+    """What a launch has of that for which texts have sections: quants.h.metal says which names there are."""
+    uses = {"uint8_t" for value in template if value == mx.uint8}
+    for kind_name, _ in weights:
+        uses.add("weights")
+        if quant := QUANT_TYPES.get(kind_name):
+            uses |= {"quants", _struct_name(quant), "Iq4Nl" if kind_name == "IQ4_NL" else f"Linear<{quant.bits}>"}
+        else:
+            uses.add("Dense")
+    return uses
+
+
+def _shortened(text: str, uses: set[str]) -> str:
+    """The text without comments, indentation, and sections for nothing of what the launch uses.
+
+    Line breaks stay, so that the lines that a compiler names are those of the file, and so does the line of what is
+    written. For each launch MLX looks a kernel up by its whole text (bench/LOG.md).
+    """
+    short, wanted = list[str](), True
+    for line in text.split("\n"):
+        if heading := re.match(r"// ---- (?:for ([^:]*?)(?:: .*)? -+$)?", line):
+            wanted = heading[1] is None or not uses.isdisjoint(heading[1].split())
+        if line.startswith("// writes: ") and not short:
+            short.append(line)
+        else:
+            short.append(" ".join(line.partition("//")[0].split()) if wanted else "")
+    return "\n".join(short)
 
 
 def _struct(kind_name: str, cols: int) -> tuple[str, dict[str, str]]:
@@ -302,15 +333,13 @@ def _struct(kind_name: str, cols: int) -> tuple[str, dict[str, str]]:
         return f"Dense<{_DENSE_TEXT[kind_name]}, {cols}>", {"values": _DENSE_TEXT[kind_name]}
     quant = QUANT_TYPES[kind_name]
     code = "Iq4Nl" if kind_name == "IQ4_NL" else f"Linear<{quant.bits}, {quant.zero}>"
-    struct = {
-        (False, False): "Scaled",
-        (True, False): "ScaledMin",
-        (True, True): "SuperMin",
-        (False, True): "Super",
-    }[quant.has_mins, quant.is_super]
     plane_types = {"quants": "uint32_t", "scales": "float16_t"}
     if quant.has_mins:
         plane_types["mins"] = "float16_t"
     if quant.is_super:
         plane_types["sub_scales"] = "uint8_t" if quant.has_mins else "int8_t"
-    return f"{struct}<{code}, {cols}>", plane_types
+    return f"{_struct_name(quant)}<{code}, {cols}>", plane_types
+
+
+def _struct_name(quant: QuantType) -> str:
+    return ("Super" if quant.is_super else "Scaled") + ("Min" if quant.has_mins else "")
