@@ -40,7 +40,7 @@ Layout: TypeAlias = tuple[tuple[int, ...], ...]
 _DENSE = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16"}
 _DENSE_TEXT = {"F32": "float", "F16": "float16_t", "BF16": "bfloat16_t"}
 _avoided: set[str] = set()
-_recorded: "list[tuple[Launch, tuple[mx.array, ...]]] | None" = None
+_recorded: "list[Recorded] | None" = None
 
 
 class KernelRefusedError(ValueError):
@@ -71,6 +71,13 @@ def back_end(op: str) -> BackEnd | None:
     if op in _avoided or (mx.default_device() != mx.Device(mx.gpu) and _recorded is None):
         return None
     return cast(BackEnd, mx.fast.cuda_kernel if mx.cuda.is_available() else mx.fast.metal_kernel)
+
+
+def architecture() -> str:
+    """Of the CUDA device, as MLX names it to NVRTC."""
+    info = mx.device_info()
+    name = f"sm_{info.get('compute_capability_major', '')}{info.get('compute_capability_minor', '')}"
+    return name + "a" if name == "sm_90" else name
 
 
 @contextmanager
@@ -168,8 +175,11 @@ class Launch:
         )
 
 
+Recorded: TypeAlias = tuple[Launch, tuple[mx.array, ...]]  # a launch that was to be, and its arrays
+
+
 @contextmanager
-def recording() -> Iterator[list[tuple[Launch, tuple[mx.array, ...]]]]:
+def recording() -> Iterator[list[Recorded]]:
     """Within the block nothing is launched: each launch and its arrays go to the list, and zeros come back."""
     global _recorded
     before, _recorded = _recorded, []
@@ -236,6 +246,8 @@ def prepare(
         # CUDA's word for a threadgroup's array differs from its word for a pointer to one, which is none.
         body = re.sub(r"^(\s*)threadgroup (?=\w+ \w+\[)", r"\1__shared__ ", body, flags=re.MULTILINE)
         body, header = _included(op, body), _included(op, _text("cuda_prelude.h") + header)
+        # MLX knows a compiled text by itself alone, and a machine may have GPUs of two kinds.
+        header = f"// {architecture()}\n{header}"
     # MLX keeps a compiled kernel by its name and its template alone.
     digest = hashlib.sha256((header + body).encode()).hexdigest()[:12]
     kernel = back_end(name=f"{op}_{digest}", input_names=names, output_names=list(outputs), source=body, header=header)
