@@ -17,7 +17,7 @@ from elftools.elf.sections import SymbolTableSection
 
 import glm_mlx
 from bench import conditions
-from glm_mlx import engine, model_cases, self_test
+from glm_mlx import engine, self_test
 from glm_mlx.compositions import read_small
 from glm_mlx.engine import Engine
 from glm_mlx.model import Model
@@ -162,7 +162,7 @@ def test_kernels_are_compiled_side_by_side(folder: Path, monkeypatch: pytest.Mon
     compile_one, together = compiled._compile, threading.Barrier(3)
 
     def meeting(*arguments: Any) -> Any:
-        together.wait(60)
+        together.wait(20)
         return compile_one(*arguments)
 
     monkeypatch.setattr(compiled, "_compile", meeting)
@@ -263,7 +263,7 @@ def test_an_engine_has_what_it_will_launch_compiled(folder: Path, small_model: M
 
 
 def test_an_engine_without_cuda_records_nothing(small_model: Model) -> None:
-    with mock.patch.object(model_cases, "launches", side_effect=AssertionError):
+    with posing_as("metal"), mock.patch.object(engine, "launches", side_effect=AssertionError):
         Engine(small_model)
 
 
