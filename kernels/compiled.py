@@ -6,7 +6,8 @@ MLX is about to compile is compiled, and put into that folder under the name tha
 the whole text: another text never meets it. Source: MLX 0.32.4, mlx/backend/cuda/jit_module.cpp, custom_kernel.cpp.
 
 Of the headers that MLX includes our text needs a few names; without the rest NVRTC makes the same machine code in a
-fifth of the time. Whatever is amiss (another MLX, no headers, a folder that cannot be written) leaves it to MLX.
+seventh of the time. Whatever is amiss (another MLX, no headers, a folder that cannot be written) leaves it to MLX, and
+so does a text at which NVRTC once took its process down.
 """
 
 import ctypes
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import psutil
 
 from kernels.launcher import Launch, Recorded, architecture
 from kernels.source import source
@@ -66,7 +68,7 @@ def compile_ahead(launches: Iterable[Recorded]) -> int:
         return 0
     kinds = {(id(launch), *(a.dtype for a in arrays)): (launch, arrays) for launch, arrays in list(launches)}
     modules = {m.file: m for launch, arrays in kinds.values() if (m := _module(folder, launch, arrays))}
-    missing = [module for module in modules.values() if not module.file.with_suffix(".ptx").exists()]
+    missing = [m for m in modules.values() if not m.file.with_suffix(".ptx").exists() and not _died(m)]
     if not missing:
         return 0
     options = (*OPTIONS, f"--gpu-architecture={architecture()}", *(f"--include-path={p}" for p in include_folders()))
@@ -113,14 +115,25 @@ def _module(folder: Path, launch: Launch, arrays: Sequence[mx.array]) -> Module 
     return Module(folder / file, f"mlx::core::cu::{entry[1]}", text) if entry and len(file) <= LONGEST_NAME else None
 
 
+def _died(module: Module) -> bool:
+    """Whether a process ended while it compiled this."""
+    left = module.file.parent.glob(f"{module.file.name}.[0-9]*")
+    return any(not psutil.pid_exists(int(mark.suffix[1:])) for mark in left)
+
+
 def _keep(module: Module, nvrtc: ctypes.CDLL, options: Sequence[str]) -> bool:
     """Whether it could be compiled and written."""
-    made = _compile(module, nvrtc, options)
-    if made is None:
-        return False
-    binary, mangled = made
+    mark = module.file.with_suffix(f".{os.getpid()}")  # stays where the process ends
     try:
-        module.file.parent.mkdir(parents=True, exist_ok=True)
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+        try:
+            made = _compile(module, nvrtc, options)
+        finally:
+            mark.unlink()
+        if made is None:
+            return False
+        binary, mangled = made
         # First the names: MLX takes a module for whole when its code is there.
         _write(module.file.with_suffix(".txt"), f"{module.entry}\t{mangled}\n".encode())
         _write(module.file.with_suffix(".ptx"), binary)

@@ -3,6 +3,7 @@
 import importlib
 import io
 import os
+import subprocess
 import threading
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -184,6 +185,29 @@ def test_names_come_before_the_code_and_both_in_one_step(folder: Path, monkeypat
     monkeypatch.setattr(Path, "replace", noting)
     assert compile_ahead(recorded(SMALL)) == 1
     assert seen == [[".txt"], [".ptx"]]
+
+
+def test_what_took_a_process_down_is_left_to_mlx(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_one, marks = compiled._compile, list[str]()
+
+    def noting(*arguments: Any) -> Any:
+        marks.extend(files(folder))
+        return compile_one(*arguments)
+
+    monkeypatch.setattr(compiled, "_compile", noting)
+    assert compile_ahead(recorded(SMALL)) == 1
+    (mark,) = marks  # of this process, while it compiled
+    (folder / mark).touch()
+    for other in set(files(folder)) - {mark}:
+        (folder / other).unlink()
+    assert compile_ahead(recorded(SMALL)) == 1  # it is alive, and another one may compile as well
+    assert len(files(folder)) == 2
+    for file in folder.iterdir():
+        file.unlink()
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    (folder / mark).with_suffix(f".{ended.pid}").touch()
+    assert compile_ahead(recorded(SMALL, *OTHERS)) == 2
 
 
 def _raise(*_: Any) -> Any:
