@@ -18,7 +18,6 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -155,7 +154,6 @@ def _write(file: Path, content: bytes) -> None:
             raise
 
 
-@cache
 def _nvrtc() -> ctypes.CDLL | None:
     """The one that MLX has loaded: what another version makes, the driver might not take."""
     for name in ("libnvrtc.so.13", "libnvrtc.so.12"):
