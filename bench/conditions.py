@@ -106,11 +106,16 @@ def conditions() -> dict[str, Any]:
         "clean": is_clean(),
         "source_sha256": source_hash(),
         "own_launch_shapes": _quietly(lambda: user_file().read_text(errors="replace")),
-        "mlx_environment": {key: value for key, value in os.environ.items() if key.startswith("MLX_")},
+        "mlx_environment": _mlx_environment(),
         "copy": copy_bandwidth(),
         "quoted_gb_s": quoted[0] if quoted else None,
         "quoted_by": quoted[1] if quoted else None,
     }
+
+
+def _mlx_environment() -> dict[str, str]:
+    """Without the folder of compiled kernels: a path of this machine, and no figure depends on it."""
+    return {k: v for k, v in os.environ.items() if k.startswith("MLX_") and k != "MLX_PTX_CACHE_DIR"}
 
 
 def describe(found: dict[str, Any]) -> list[str]:

@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,6 @@ from bench import commits, gpu_time, script, synthetic
 from bench.calls import Call, Entries, Entry, Place, record, time_calls
 from bench.conditions import back_end, conditions, describe, describe_parity, parity
 from bench.gpu_time import Timeline
-from bench.kernel_source import source
 from bench.launches import decode_step, launches
 from bench.subject import Subject, add_arguments, open_subject, usable_depths
 from bench.timing import summarize
@@ -44,6 +44,7 @@ from glm_mlx.errors import InputError
 from glm_mlx.model import Model
 from glm_mlx.sampling import Sampler, SamplingParams
 from kernels.launcher import KernelRefusedError
+from kernels.source import source
 
 DEPTH = 512
 WARM_UP = 5  # tokens
@@ -467,9 +468,12 @@ def print_source(subject: Subject, wanted: str, depth: int) -> int:
         ops = ", ".join(dict.fromkeys(launch.op for _, launch, _ in seen))
         raise InputError(f"a token of this model makes no launch of {wanted}; its launches are of {ops or 'no op'}")
     call, launch, arrays = chosen[0]
+    found = source(launch, arrays)
+    if found is None:
+        raise InputError(f"MLX {version('mlx')} does not show the source of a kernel in the way that is known here")
     where = call.place.part if call.place.layer is None else f"layer {call.place.layer}, {call.place.part}"
     print(f"// {launch.op} ({where}), on {call.what}: grid {launch.grid}, threadgroup {launch.threadgroup}, in threads")
-    print(source(launch, arrays))
+    print(found[1])
     others = dict.fromkeys(one[0].what for one in seen if one[1].op == op and one[0].what != call.what)
     if others:
         script.NOTES.print(f"other launches of {op} are on: {', '.join(others)}; choose with {op}:WEIGHT", markup=False)

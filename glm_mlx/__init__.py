@@ -2,6 +2,13 @@
 
 import os
 
+from kernels.cache_folder import compiled_folder
+
 # Float32 means float32: MLX's CUDA back end multiplies float32 matrices in TF32 (10 bits) unless told not to, and the
 # router's choices hang on more than that. Read by MLX at its first matmul.
 os.environ.setdefault("MLX_ENABLE_TF32", "0")
+
+# What MLX compiles for an NVIDIA GPU it keeps in a folder for temporary files, unless told another. Read by MLX at its
+# first compilation.
+if "MLX_PTX_CACHE_DIR" not in os.environ and (folder := compiled_folder()):
+    os.environ["MLX_PTX_CACHE_DIR"] = str(folder)

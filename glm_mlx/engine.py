@@ -8,8 +8,10 @@ import mlx.core as mx
 
 from glm_mlx.errors import InputError
 from glm_mlx.model import Model
+from glm_mlx.model_cases import launches
 from glm_mlx.sampling import Sample, Sampler, SamplingParams
 from kernels import wide
+from kernels.compiled import compile_ahead
 
 PREFILL_CHUNK = 512  # tokens
 WIDE_CHUNK = 2048  # where `kernels.wide` expands each weight once a chunk, for all its tokens
@@ -69,6 +71,8 @@ class Engine:
         # Python takes longer to build the graph of a step than a GPU to run it. A CPU doesn't mind, and compiling there
         # needs a C++ compiler.
         self._step = mx.compile(model.step) if mx.default_device() == mx.Device(mx.gpu) else None
+        if self._step is not None and mx.cuda.is_available():
+            compile_ahead(launches(model))
         self.tokens: list[int] = []
         self.stats = Stats()
 

@@ -1,13 +1,16 @@
 """Every call of a kernel that a model makes."""
 
+from contextlib import suppress
+
 import mlx.core as mx
 
 from glm_mlx import model as model_module
 from glm_mlx.cache import STEP
 from glm_mlx.model import Model
-from kernels import wide
+from kernels import launcher, wide
 from kernels.cases import Case, calls, held
 from kernels.expand import expand
+from kernels.launcher import Recorded
 from kernels.planes import QuantizedTensor
 
 CONTEXTS = (STEP, 9 * STEP)  # rows: what a cache begins with, and enough to be split as far as it goes
@@ -32,6 +35,22 @@ def chunk_cases(model: Model) -> list[Case]:
         hidden = model.hidden_states(mx.zeros((1, CHUNK), mx.int32), model.new_cache())
         model.logits(hidden)
     return made
+
+
+def launches(model: Model) -> list[Recorded]:
+    """What decoded tokens launch, in a context of any length, and long prompts. Nothing is computed.
+
+    Up to a launch that would be refused, where there is one.
+    """
+    with launcher.recording() as seen, suppress(launcher.KernelRefusedError):
+        rows = STEP
+        while rows <= CONTEXTS[-1]:  # a launch depends on the rows to a power of 2
+            caches = [model.row_format.zeros(1, rows)] * model.cfg.num_layers
+            model.step(mx.zeros((1, 1), mx.int32), mx.array([rows - 1], mx.int32), caches)
+            rows *= 2
+        for case in prompt_cases(model):
+            case.run()
+    return seen
 
 
 def prompt_cases(model: Model) -> list[Case]:

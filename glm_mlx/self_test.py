@@ -30,6 +30,8 @@ from kernels import launcher
 from kernels.cache_folder import cache_folder
 from kernels.cases import Case
 from kernels.check import check, machine
+from kernels.compiled import compile_ahead
+from kernels.launcher import KernelRefusedError, Recorded
 
 PATIENCE = 2.5  # seconds, after which calls for several tokens are left to the next start
 DIED = "the program ended while this was checked"
@@ -46,19 +48,22 @@ def leave_broken_kernels(model: Model) -> list[str]:
         return []
     start, memory, failed = time.perf_counter(), _Memory(), dict[str, str]()
     status = Console(stderr=True).status("checking the kernels, once on this device")
+    cases = [*decode_cases(model), *_smallest(chunk_cases(model)), *prompt_cases(model)]
+    named = {_name(case): case for case in cases if case.has_kernel}
+    new = [case for name, case in named.items() if name not in memory.outcomes]
     try:
-        for case in [*decode_cases(model), *_smallest(chunk_cases(model)), *prompt_cases(model)]:
-            if case.op in failed or not case.has_kernel:
+        if new:
+            if sys.stderr.isatty():
+                status.start()
+            compile_ahead(launch for case in new for launch in _launches(case))
+        for name, case in named.items():
+            if case.op in failed:
                 continue
-            call = f"{case.op}: {case.variant}, {case.shapes}, {case.dtype}, {case.tokens} tokens"
-            name = f"{call} ({_digest(case.signature)[:6]})"
             if name in memory.outcomes:
                 error = memory.outcomes[name]
             elif case.tokens > 1 and time.perf_counter() - start > PATIENCE:
                 continue
             else:
-                if sys.stderr.isatty():
-                    status.start()
                 error = memory.check(name, case)
             if error:
                 failed[case.op] = error
@@ -75,6 +80,18 @@ def leave_broken_kernels(model: Model) -> list[str]:
 def remembered_failures() -> dict[str, str]:
     """What `leave_broken_kernels` has found not to work on this device: error by call."""
     return {name: error for name, error in _Memory().outcomes.items() if error}
+
+
+def _name(case: Case) -> str:
+    call = f"{case.op}: {case.variant}, {case.shapes}, {case.dtype}, {case.tokens} tokens"
+    return f"{call} ({_digest(case.signature)[:6]})"
+
+
+def _launches(case: Case) -> list[Recorded]:
+    try:
+        return case.launches()
+    except KernelRefusedError:  # which the check will say
+        return []
 
 
 def _smallest(cases: list[Case]) -> list[Case]:

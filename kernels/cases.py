@@ -46,11 +46,11 @@ class Case:
         with launcher.avoiding():
             return replace(self, arguments={**self.arguments, **exact}).run()
 
-    def launches(self) -> list[launcher.Launch]:
+    def launches(self) -> list[launcher.Recorded]:
         """What `run` launches on a GPU: nothing where its twin must do. Raises KernelRefusedError."""
         with launcher.recording() as seen:
             self.run()
-        return [launch for launch, _ in seen]
+        return seen
 
     @property
     def has_kernel(self) -> bool:

@@ -17,6 +17,7 @@ import mlx.core as mx
 
 from kernels import launcher
 from kernels.cases import Case
+from kernels.compiled import compile_ahead
 from kernels.shapes import user_file
 
 # Relative error of a rounding to the type of an output: the last is of the value itself, and what was rounded before (a
@@ -54,8 +55,11 @@ def check(case: Case, timed: bool, on_compiled: Callable[[], None] = lambda: Non
     has_kernel = launcher.back_end(case.op) is not None
     compiles = False if has_kernel else None
     try:
-        if has_kernel and not case.launches():
-            return Result(False, error="its kernel does not take this call")
+        if has_kernel:
+            launches = case.launches()
+            if not launches:
+                return Result(False, error="its kernel does not take this call")
+            compile_ahead(launches)
         # First, as a kernel may write into its inputs.
         expected = case.expected()
         mx.eval(expected)

@@ -11,7 +11,7 @@ An op asks `back_end()`. Without one (a CPU, or kernels switched off) it uses it
 import hashlib
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -21,7 +21,7 @@ from typing import Any, TypeAlias, cast
 import mlx.core as mx
 
 from kernels.cache_folder import cache_folder
-from kernels.planes import QUANT_TYPES, QuantizedTensor, Weight
+from kernels.planes import QUANT_TYPES, QuantizedTensor, QuantType, Weight
 
 HERE = Path(__file__).resolve().parent
 MAX_THREADS = 1024  # in a threadgroup
@@ -40,7 +40,7 @@ Layout: TypeAlias = tuple[tuple[int, ...], ...]
 _DENSE = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16"}
 _DENSE_TEXT = {"F32": "float", "F16": "float16_t", "BF16": "bfloat16_t"}
 _avoided: set[str] = set()
-_recorded: "list[tuple[Launch, tuple[mx.array, ...]]] | None" = None
+_recorded: "list[Recorded] | None" = None
 
 
 class KernelRefusedError(ValueError):
@@ -71,6 +71,13 @@ def back_end(op: str) -> BackEnd | None:
     if op in _avoided or (mx.default_device() != mx.Device(mx.gpu) and _recorded is None):
         return None
     return cast(BackEnd, mx.fast.cuda_kernel if mx.cuda.is_available() else mx.fast.metal_kernel)
+
+
+def architecture() -> str:
+    """Of the CUDA device, as MLX names it to NVRTC."""
+    info = mx.device_info()
+    name = f"sm_{info.get('compute_capability_major', '')}{info.get('compute_capability_minor', '')}"
+    return name + "a" if name == "sm_90" else name
 
 
 @contextmanager
@@ -168,8 +175,11 @@ class Launch:
         )
 
 
+Recorded: TypeAlias = tuple[Launch, tuple[mx.array, ...]]  # a launch that was to be, and its arrays
+
+
 @contextmanager
-def recording() -> Iterator[list[tuple[Launch, tuple[mx.array, ...]]]]:
+def recording() -> Iterator[list[Recorded]]:
     """Within the block nothing is launched: each launch and its arrays go to the list, and zeros come back."""
     global _recorded
     before, _recorded = _recorded, []
@@ -229,14 +239,17 @@ def prepare(
         raise KernelRefusedError(op, f"{len(names) + len(outputs)} buffers; {MAX_BUFFERS} at most")
     if min(threadgroups) < 1:
         raise KernelRefusedError(op, f"an empty grid of {threadgroups} threadgroups")
-    own = [HERE / f"{name}.h.metal" for name in dict.fromkeys((helpers or op, op))]
-    header = _text("quants.h.metal") + "".join(file.read_text() for file in own if file.exists()) + "".join(lines)
-    body = _text(f"{op}.metal")
+    uses = _uses(weights.values(), template.values())
+    headers = ("quants.h.metal", *(f"{name}.h.metal" for name in dict.fromkeys((helpers or op, op))))
+    header = "".join(_shortened(_text(file), uses) for file in headers) + "".join(lines)
+    body = _shortened(_text(f"{op}.metal"), uses)
     _check_writes(op, body, inputs, writes)
     if back_end is mx.fast.cuda_kernel:
         # CUDA's word for a threadgroup's array differs from its word for a pointer to one, which is none.
         body = re.sub(r"^(\s*)threadgroup (?=\w+ \w+\[)", r"\1__shared__ ", body, flags=re.MULTILINE)
         body, header = _included(op, body), _included(op, _text("cuda_prelude.h") + header)
+        # MLX knows a compiled text by itself alone, and a machine may have GPUs of two kinds.
+        header = f"// {architecture()}\n{header}"
     # MLX keeps a compiled kernel by its name and its template alone.
     digest = hashlib.sha256((header + body).encode()).hexdigest()[:12]
     kernel = back_end(name=f"{op}_{digest}", input_names=names, output_names=list(outputs), source=body, header=header)
@@ -294,7 +307,38 @@ def _included(op: str, text: str) -> str:
 
 @cache
 def _text(name: str) -> str:
-    return (HERE / name).read_text()
+    """Of a file; nothing where there is none, as an op need not have a header of its own."""
+    file = HERE / name
+    return file.read_text() if file.exists() else ""
+
+
+def _uses(weights: Iterable[Kind], template: Iterable[int | bool | mx.Dtype]) -> set[str]:
+    """What a launch has of that for which texts have sections: quants.h.metal says which names there are."""
+    uses = {"uint8_t" for value in template if value == mx.uint8}
+    for kind_name, _ in weights:
+        uses.add("weights")
+        if quant := QUANT_TYPES.get(kind_name):
+            uses |= {"quants", _struct_name(quant), "Iq4Nl" if kind_name == "IQ4_NL" else f"Linear<{quant.bits}>"}
+        else:
+            uses.add("Dense")
+    return uses
+
+
+def _shortened(text: str, uses: set[str]) -> str:
+    """The text without comments, indentation, and sections for nothing of what the launch uses.
+
+    Line breaks stay, so that the lines that a compiler names are those of the file, and so does the line of what is
+    written. For each launch MLX looks a kernel up by its whole text (bench/LOG.md).
+    """
+    short, wanted = list[str](), True
+    for line in text.split("\n"):
+        if heading := re.match(r"// ---- (?:for ([^:]*?)(?:: .*)? -+$)?", line):
+            wanted = heading[1] is None or not uses.isdisjoint(heading[1].split())
+        if line.startswith("// writes: ") and not short:
+            short.append(line)
+        else:
+            short.append(" ".join(line.partition("//")[0].split()) if wanted else "")
+    return "\n".join(short)
 
 
 def _struct(kind_name: str, cols: int) -> tuple[str, dict[str, str]]:
@@ -303,15 +347,13 @@ def _struct(kind_name: str, cols: int) -> tuple[str, dict[str, str]]:
         return f"Dense<{_DENSE_TEXT[kind_name]}, {cols}>", {"values": _DENSE_TEXT[kind_name]}
     quant = QUANT_TYPES[kind_name]
     code = "Iq4Nl" if kind_name == "IQ4_NL" else f"Linear<{quant.bits}, {quant.zero}>"
-    struct = {
-        (False, False): "Scaled",
-        (True, False): "ScaledMin",
-        (True, True): "SuperMin",
-        (False, True): "Super",
-    }[quant.has_mins, quant.is_super]
     plane_types = {"quants": "uint32_t", "scales": "float16_t"}
     if quant.has_mins:
         plane_types["mins"] = "float16_t"
     if quant.is_super:
         plane_types["sub_scales"] = "uint8_t" if quant.has_mins else "int8_t"
-    return f"{struct}<{code}, {cols}>", plane_types
+    return f"{_struct_name(quant)}<{code}, {cols}>", plane_types
+
+
+def _struct_name(quant: QuantType) -> str:
+    return ("Super" if quant.is_super else "Scaled") + ("Min" if quant.has_mins else "")

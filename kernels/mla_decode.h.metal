@@ -70,20 +70,6 @@ struct Rows {
   };
 };
 
-// In 8 bits, as kernels/rows.py lays them out.
-template <int LATENT, int ROPE>
-struct Rows<uint8_t, LATENT, ROPE> {
-  typedef uint Word;
-  enum {
-    LANES = LATENT / 16,  // that have some of the latent, of 32
-    ELEMENTS = (LATENT + 2 * ROPE + LATENT / 16 + 15) / 16 * 16,
-    VALUES = 8,
-    PAIRS = VALUES + (ROPE + 63) / 64,
-    SCALE_AT = PAIRS - VALUES + 4,
-    WORDS = SCALE_AT + 1
-  };
-};
-
 // Rows of floats: pairs lane, lane + 32, ... Lanes past the last load it again: their part of the query is 0.
 template <class STORED, int LATENT, int ROPE>
 inline uint pair_of(Rows<STORED, LATENT, ROPE>, int p, uint lane) {
@@ -142,8 +128,22 @@ inline float scale(Rows<STORED, LATENT, ROPE>, const thread W* words) {
   return 1.0f;
 }
 
-// Rows in 8 bits: 16 values of the latent in a row, under a scale for two lanes, then pairs lane, lane + 32, ... of k_pe.
+// ---- for uint8_t: rows in 8 bits, as kernels/rows.py lays them out -------------------------------------------------
+// 16 values of the latent in a row, under a scale for two lanes, then pairs lane, lane + 32, ... of k_pe.
 // Lanes past the end of the latent load the last 16 again.
+template <int LATENT, int ROPE>
+struct Rows<uint8_t, LATENT, ROPE> {
+  typedef uint Word;
+  enum {
+    LANES = LATENT / 16,  // that have some of the latent, of 32
+    ELEMENTS = (LATENT + 2 * ROPE + LATENT / 16 + 15) / 16 * 16,
+    VALUES = 8,
+    PAIRS = VALUES + (ROPE + 63) / 64,
+    SCALE_AT = PAIRS - VALUES + 4,
+    WORDS = SCALE_AT + 1
+  };
+};
+
 template <int LATENT, int ROPE>
 inline uint pair_of(Rows<uint8_t, LATENT, ROPE> rows, int p, uint lane) {
   return p < rows.VALUES ? lane * 8 + uint(p) : uint(LATENT / 2) + uint(p - rows.VALUES) * 32 + lane;

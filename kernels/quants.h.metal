@@ -10,6 +10,27 @@
 //
 // A lane takes chunks lane, lane + 32, ...: whatever the type, a simdgroup then reads neighbouring bytes. It loads DEPTH
 // of them before it decodes the first: with less under way, a GPU waits for memory.
+//
+// A section whose heading says `for` is left out of launches that have nothing of what it names: types of weights as the
+// structs below are called, `quants` for all of them but Dense, `weights` for any; `uint8_t` is a cache in 8 bits.
+
+#ifndef LOADS_END  // cuda_prelude.h: there a compiler would move loads down again, to where they are used
+#define LOADS_END
+#endif
+
+inline void put_pair(uint word, float16_t, thread float* out) {
+  const half2 pair = as_type<half2>(word);
+  out[0] = float(pair.x);
+  out[1] = float(pair.y);
+}
+
+// A bfloat16 is the upper half of a float32.
+inline void put_pair(uint word, bfloat16_t, thread float* out) {
+  out[0] = as_type<float>(word << 16);
+  out[1] = as_type<float>(word & 0xFFFF0000u);
+}
+
+// ---- for weights: activations ---------------------------------------------------------------------------------------
 
 struct Eight {
   float v[8];
@@ -41,8 +62,6 @@ inline float dot(Chunk<true> w, Eight x) {
   return fma(w.minimum, x.sum, w.scale * sum);
 }
 
-// ---- activations ------------------------------------------------------------------------------------------------
-
 inline Eight with_sum(Eight x) {
   x.sum = ((x.v[0] + x.v[1]) + (x.v[2] + x.v[3])) + ((x.v[4] + x.v[5]) + (x.v[6] + x.v[7]));
   return x;
@@ -62,18 +81,6 @@ inline Eight load_eight(const device float* x, uint chunk, int ahead) {
   return with_sum(out);
 }
 
-inline void put_pair(uint word, float16_t, thread float* out) {
-  const half2 pair = as_type<half2>(word);
-  out[0] = float(pair.x);
-  out[1] = float(pair.y);
-}
-
-// A bfloat16 is the upper half of a float32.
-inline void put_pair(uint word, bfloat16_t, thread float* out) {
-  out[0] = as_type<float>(word << 16);
-  out[1] = as_type<float>(word & 0xFFFF0000u);
-}
-
 template <class T>
 inline Eight load_eight(const device T* x, uint chunk, int ahead) {
   const uint4 words = ((const device uint4*)x + chunk)[ahead];
@@ -85,7 +92,7 @@ inline Eight load_eight(const device T* x, uint chunk, int ahead) {
   return with_sum(out);
 }
 
-// ---- quants -----------------------------------------------------------------------------------------------------
+// ---- for quants uint8_t ---------------------------------------------------------------------------------------------
 
 #ifndef HAS_AND_OR  // cuda_prelude.h has it as one instruction
 inline uint and_or(uint word, uint mask, uint bits) {
@@ -102,6 +109,8 @@ inline float field(uint word) {
   const float raised = as_type<float>(and_or(word, ((1u << BITS) - 1u) << AT, 0x4B000000u));
   return fma(raised, unit, -(8388608.0f * unit + float(ZERO)));
 }
+
+// ---- for weights: quants --------------------------------------------------------------------------------------------
 
 // How quants are written: whole numbers of some bits of which ZERO stands for 0, or an index into a table.
 template <int BITS, int ZERO>
@@ -121,37 +130,21 @@ struct Raw {
   uint sub[3];
 };
 
-// The words of eight quants; `row` is where the row begins.
-inline void load_words(Linear<4, 0>, const device uint32_t* row, uint chunk, int ahead, thread Raw& raw) {
-  raw.words[0] = (row + chunk)[ahead];
-}
-
-// 40 bits: a chunk begins in one word and ends in that word or the next.
-inline void load_words(Linear<5, 0>, const device uint32_t* row, uint chunk, int ahead, thread Raw& raw) {
-  const device uint32_t* words = row + chunk * 5 / 4;
-  raw.words[0] = words[ahead * 5 / 4];
-  raw.words[1] = words[ahead * 5 / 4 + 1];
-}
-
-// 48 bits, a word and a half.
-inline void load_words(Linear<6, 0>, const device uint32_t* row, uint chunk, int ahead, thread Raw& raw) {
-  const device uint32_t* words = row + chunk * 3 / 2;
-  raw.words[0] = words[ahead * 3 / 2];
-  raw.words[1] = words[ahead * 3 / 2 + 1];
-}
-
-inline void load_words(Linear<8, 0>, const device uint32_t* row, uint chunk, int ahead, thread Raw& raw) {
-  const uint2 pair = ((const device uint2*)row + chunk)[ahead];
-  raw.words[0] = pair.x;
-  raw.words[1] = pair.y;
-}
+// ---- for Linear<5> Linear<6> ----------------------------------------------------------------------------------------
 
 // Bits `shift` .. `shift` + 31 of two words. A shift by 32 is not defined.
 inline uint funnel(uint low, uint high, uint shift) {
   return (low >> shift) | ((high << 1) << (31 - shift));
 }
 
-// Eight quants, less their zero.
+// ---- for Linear<4> Iq4Nl --------------------------------------------------------------------------------------------
+
+// Of each way to write quants, load_words: the words of eight of them, `row` being where the row begins; and unpack: the
+// eight, less their zero.
+inline void load_words(Linear<4, 0>, const device uint32_t* row, uint chunk, int ahead, thread Raw& raw) {
+  raw.words[0] = (row + chunk)[ahead];
+}
+
 template <int ZERO>
 inline Eight unpack(Linear<4, ZERO>, Raw raw, uint chunk) {
   const uint low = raw.words[0];
@@ -166,6 +159,15 @@ inline Eight unpack(Linear<4, ZERO>, Raw raw, uint chunk) {
   q.v[6] = field<4, 8, ZERO>(high);
   q.v[7] = field<4, 12, ZERO>(high);
   return q;
+}
+
+// ---- for Linear<5> --------------------------------------------------------------------------------------------------
+
+// 40 bits: a chunk begins in one word and ends in that word or the next.
+inline void load_words(Linear<5, 0>, const device uint32_t* row, uint chunk, int ahead, thread Raw& raw) {
+  const device uint32_t* words = row + chunk * 5 / 4;
+  raw.words[0] = words[ahead * 5 / 4];
+  raw.words[1] = words[ahead * 5 / 4 + 1];
 }
 
 template <int ZERO>
@@ -183,6 +185,15 @@ inline Eight unpack(Linear<5, ZERO>, Raw raw, uint chunk) {
   q.v[6] = field<5, 10, ZERO>(high);
   q.v[7] = field<5, 15, ZERO>(high);
   return q;
+}
+
+// ---- for Linear<6> --------------------------------------------------------------------------------------------------
+
+// 48 bits, a word and a half.
+inline void load_words(Linear<6, 0>, const device uint32_t* row, uint chunk, int ahead, thread Raw& raw) {
+  const device uint32_t* words = row + chunk * 3 / 2;
+  raw.words[0] = words[ahead * 3 / 2];
+  raw.words[1] = words[ahead * 3 / 2 + 1];
 }
 
 template <int ZERO>
@@ -203,6 +214,14 @@ inline Eight unpack(Linear<6, ZERO>, Raw raw, uint chunk) {
   return q;
 }
 
+// ---- for Linear<8> --------------------------------------------------------------------------------------------------
+
+inline void load_words(Linear<8, 0>, const device uint32_t* row, uint chunk, int ahead, thread Raw& raw) {
+  const uint2 pair = ((const device uint2*)row + chunk)[ahead];
+  raw.words[0] = pair.x;
+  raw.words[1] = pair.y;
+}
+
 template <int ZERO>
 inline Eight unpack(Linear<8, ZERO>, Raw raw, uint chunk) {
   Eight q;
@@ -218,6 +237,8 @@ inline Eight unpack(Linear<8, ZERO>, Raw raw, uint chunk) {
   return q;
 }
 
+// ---- for Iq4Nl ------------------------------------------------------------------------------------------------------
+
 // -127 -104 -83 -65 | -49 -35 -22 -10 | 1 13 25 38 | 53 69 89 113 as bytes, 128 added so that none is negative.
 inline Eight unpack(Iq4Nl, Raw raw, uint chunk) {
   Eight q;
@@ -232,50 +253,14 @@ inline Eight unpack(Iq4Nl, Raw raw, uint chunk) {
   return q;
 }
 
-// ---- weights ----------------------------------------------------------------------------------------------------
-
-// Q4_0 Q5_0 Q8_0 IQ4_NL: one scale for 32 values.
-template <class CODE, int COLS>
-struct Scaled {
-  const device uint32_t* quants;
-  const device float16_t* scales;
-};
-
-// Q4_1 Q5_1: a scale and a minimum for 32.
-template <class CODE, int COLS>
-struct ScaledMin {
-  const device uint32_t* quants;
-  const device float16_t* scales;
-  const device float16_t* mins;
-};
-
-// Q4_K Q5_K: a scale and a minimum for 256, each times six bits for 32.
-template <class CODE, int COLS>
-struct SuperMin {
-  const device uint32_t* quants;
-  const device float16_t* scales;
-  const device float16_t* mins;
-  const device uint8_t* sub_scales;
-};
-
-// Q6_K: a scale for 256, times a signed byte for 16.
-template <class CODE, int COLS>
-struct Super {
-  const device uint32_t* quants;
-  const device float16_t* scales;
-  const device int8_t* sub_scales;
-};
-
-// F32 F16 BF16.
-template <class T, int COLS>
-struct Dense {
-  const device T* values;
-};
+// ---- for quants -----------------------------------------------------------------------------------------------------
 
 template <class CODE, int COLS>
 inline void load_quants(const device uint32_t* quants, uint row, uint chunk, int ahead, thread Raw& raw) {
   load_words(Linear<int(CODE::bits), 0>(), quants + row * uint(COLS / 32 * int(CODE::bits)), chunk, ahead, raw);
 }
+
+// ---- for weights: what a chunk comes to -----------------------------------------------------------------------------
 
 template <bool MINS>
 inline Chunk<MINS> scaled(Eight q, float scale, float minimum) {
@@ -288,6 +273,15 @@ inline Chunk<MINS> scaled(Eight q, float scale, float minimum) {
   out.minimum = minimum;
   return out;
 }
+
+// ---- for Scaled -----------------------------------------------------------------------------------------------------
+
+// Q4_0 Q5_0 Q8_0 IQ4_NL: one scale for 32 values.
+template <class CODE, int COLS>
+struct Scaled {
+  const device uint32_t* quants;
+  const device float16_t* scales;
+};
 
 template <class CODE, int COLS>
 inline Raw load(Scaled<CODE, COLS> w, uint row, uint chunk, int ahead) {
@@ -302,6 +296,16 @@ inline Chunk<false> decode(Scaled<CODE, COLS> w, Raw raw, uint chunk) {
   return scaled<false>(unpack(CODE(), raw, chunk), float(raw.scale), 0.0f);
 }
 
+// ---- for ScaledMin --------------------------------------------------------------------------------------------------
+
+// Q4_1 Q5_1: a scale and a minimum for 32.
+template <class CODE, int COLS>
+struct ScaledMin {
+  const device uint32_t* quants;
+  const device float16_t* scales;
+  const device float16_t* mins;
+};
+
 template <class CODE, int COLS>
 inline Raw load(ScaledMin<CODE, COLS> w, uint row, uint chunk, int ahead) {
   Raw raw;
@@ -315,6 +319,17 @@ template <class CODE, int COLS>
 inline Chunk<true> decode(ScaledMin<CODE, COLS> w, Raw raw, uint chunk) {
   return scaled<true>(unpack(CODE(), raw, chunk), float(raw.scale), float(raw.minimum));
 }
+
+// ---- for SuperMin ---------------------------------------------------------------------------------------------------
+
+// Q4_K Q5_K: a scale and a minimum for 256, each times six bits for 32.
+template <class CODE, int COLS>
+struct SuperMin {
+  const device uint32_t* quants;
+  const device float16_t* scales;
+  const device float16_t* mins;
+  const device uint8_t* sub_scales;
+};
 
 template <class CODE, int COLS>
 inline Raw load(SuperMin<CODE, COLS> w, uint row, uint chunk, int ahead) {
@@ -347,6 +362,16 @@ inline Chunk<true> decode(SuperMin<CODE, COLS> w, Raw raw, uint chunk) {
       unpack(CODE(), raw, chunk), float(raw.scale) * float(scale), -(float(raw.minimum) * float(minimum)));
 }
 
+// ---- for Super ------------------------------------------------------------------------------------------------------
+
+// Q6_K: a scale for 256, times a signed byte for 16.
+template <class CODE, int COLS>
+struct Super {
+  const device uint32_t* quants;
+  const device float16_t* scales;
+  const device int8_t* sub_scales;
+};
+
 template <class CODE, int COLS>
 inline Raw load(Super<CODE, COLS> w, uint row, uint chunk, int ahead) {
   Raw raw;
@@ -360,6 +385,14 @@ template <class CODE, int COLS>
 inline Chunk<false> decode(Super<CODE, COLS> w, Raw raw, uint chunk) {
   return scaled<false>(unpack(CODE(), raw, chunk), float(raw.scale) * float(int(raw.sub[0])), 0.0f);
 }
+
+// ---- for Dense ------------------------------------------------------------------------------------------------------
+
+// F32 F16 BF16.
+template <class T, int COLS>
+struct Dense {
+  const device T* values;
+};
 
 template <int COLS>
 inline Raw load(Dense<float, COLS> w, uint row, uint chunk, int ahead) {
@@ -406,7 +439,7 @@ inline Chunk<false> decode(Dense<T, COLS> w, Raw raw, uint chunk) {
   return scaled<false>(out, 1.0f, 0.0f);
 }
 
-// ---- rows -------------------------------------------------------------------------------------------------------
+// ---- for weights: rows ----------------------------------------------------------------------------------------------
 
 // Whether there is such a chunk in rows of CHUNKS, of which the lanes of a row take so many in one go.
 template <int CHUNKS, int AT_ONCE>
@@ -426,7 +459,3 @@ inline float lanes_sum(float value) {
   }
   return value;
 }
-
-#ifndef LOADS_END  // cuda_prelude.h: there a compiler would move loads down again, to where they are used
-#define LOADS_END
-#endif

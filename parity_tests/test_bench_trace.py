@@ -273,8 +273,8 @@ def test_the_source_of_every_op_can_be_read(op: str, capsys: pytest.CaptureFixtu
     assert trace.main(["--with-source", op]) == 0
     text = capsys.readouterr().out
     assert text.startswith(f"// {op} (")
-    assert (launcher.HERE / "quants.h.metal").read_text() in text
-    assert (launcher.HERE / f"{op}.metal").read_text() in text
+    lines = (launcher.HERE / f"{op}.metal").read_text().splitlines()
+    assert "\n".join(" ".join(line.partition("//")[0].split()) for line in lines) in text
     assert "bfloat16_t" in text.rstrip().splitlines()[-1]  # the template arguments, as on a GPU
     assert "[[kernel]] void custom_kernel_" in text
 

@@ -1,6 +1,7 @@
 """When a kernel is launched, when its twin does the work, and what is refused before any launch."""
 
 import importlib
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,7 +18,9 @@ from kernels.experts_gate_up import experts_gate_up
 from kernels.mla_decode import mla_decode
 from kernels.qmv import qmv, qmv_all
 from kernels.route import Router
+from kernels.source import source
 from parity_tests.kernel_cases import (
+    KINDS,
     Case,
     Down,
     Embed,
@@ -91,6 +94,49 @@ def test_nothing_is_launched_on_a_cpu(op: str) -> None:
     finally:
         mx.set_default_device(before)
     assert launches == []
+
+
+LONGEST = {
+    "qmv": 9_500,
+    "embed": 6_000,
+    "experts_gate_up": 12_500,
+    "experts_down": 9_500,
+    "mla_decode": 16_000,
+    "mla_merge": 9_000,
+    "expand": 6_500,
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_the_text_of_a_launch_is_short(case: Case) -> None:
+    """For each launch MLX on Metal goes through all of it."""
+    with launcher.recording() as seen:
+        case.kernel()
+    assert seen
+    for launch, arrays in seen:
+        found = source(launch, arrays)
+        assert found is not None
+        assert len(found[1]) <= LONGEST[launch.op]
+
+
+def test_a_shorter_text_has_the_lines_of_its_file() -> None:
+    common = "// writes: x\n// why\n  if (a) {  // so\n    b;\n"
+    text = common + "// ---- for p q<4>: c ---\nd;\n// ---- for p ----\n// e\ne;\n// ---- f ---\ng;"
+    start = "// writes: x\n\nif (a) {\nb;\n\n"
+    assert launcher._shortened(text, {"q<4>"}) == start + "d;\n\n\n\n\ng;"
+    assert launcher._shortened(text, {"p"}) == start + "d;\n\n\ne;\n\ng;"
+    assert launcher._shortened(text, {"q"}) == start + "\n\n\n\n\ng;"
+
+
+def test_sections_are_for_what_launches_use() -> None:
+    known = launcher._uses([(kind, (1, 256)) for kind in KINDS], [mx.uint8, mx.bfloat16, 3, True])
+    headings = [
+        heading
+        for path in launcher.HERE.glob("*.metal")
+        for heading in re.findall(r"^// -+ for (.*?)(?:: .*)? -+$", path.read_text(), re.MULTILINE)
+    ]
+    assert len(headings) >= 10
+    assert {name for heading in headings for name in heading.split()} == known
 
 
 SHAPES: list[tuple[Case, dict[str, int]]] = [

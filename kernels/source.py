@@ -1,19 +1,18 @@
 """The text that MLX makes of a launch and gives to the device's compiler, on any machine."""
 
 from collections.abc import Sequence
-from importlib.metadata import version
 from typing import Any
 
 import mlx.core as mx
 
-from glm_mlx.errors import InputError
 from kernels.launcher import Launch
 
 
-def source(launch: Launch, arrays: Sequence[mx.array]) -> str:
-    """The whole source, with the signature that MLX generates for these arrays. Nothing is launched.
+def source(launch: Launch, arrays: Sequence[mx.array]) -> tuple[str, str] | None:
+    """MLX's name for the kernel, and the whole source with the signature that it generates for these arrays.
 
-    In `mx.export_function` a kernel is traced, and the exporter shows what it is made of: its name, then its source.
+    In `mx.export_function` a kernel is traced, not launched, and the exporter shows what it is made of. None for an MLX
+    that shows it in another way than 0.32.
     """
     seen: list[dict[str, Any]] = []
 
@@ -31,6 +30,6 @@ def source(launch: Launch, arrays: Sequence[mx.array]) -> str:
     mx.export_function(seen.append, call, *arrays)
     for node in seen:
         match node:
-            case {"type": "primitive", "name": "CustomKernel", "arguments": [str(), str(text), *_]}:
-                return text
-    raise InputError(f"MLX {version('mlx')} does not show the source of a kernel in the way that is known here")
+            case {"type": "primitive", "name": "CustomKernel", "arguments": [str(name), str(text), *_]}:
+                return name, text
+    return None

@@ -1,0 +1,190 @@
+"""Kernels compiled for CUDA before they are launched, side by side, and kept for the next start.
+
+MLX's CUDA back end compiles a custom kernel when it is first launched, one after the other, anew in every process. But
+before it does, it looks into its folder of compiled modules, where those of its own kernels are. So here the text that
+MLX is about to compile is compiled, and put into that folder under the name that MLX looks for, which holds the hash of
+the whole text: another text never meets it. Source: MLX 0.32.4, mlx/backend/cuda/jit_module.cpp, custom_kernel.cpp.
+
+Of the headers that MLX includes our text needs a few names; without the rest NVRTC makes the same machine code in a
+seventh of the time. Whatever is amiss (another MLX, no headers, a folder that cannot be written) leaves it to MLX, and
+so does a text at which NVRTC once took its process down.
+"""
+
+import ctypes
+import os
+import re
+import tempfile
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import psutil
+
+from kernels.launcher import Launch, Recorded, architecture
+from kernels.source import source
+
+LONGEST_NAME = 245  # of a module, for which MLX does not make folders
+OPTIONS = ("--device-as-default-execution-space",)
+# In place of what MLX's text includes.
+HEADERS = {
+    b"mlx/backend/cuda/device/utils.cuh": b"""
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+using int8_t = signed char;
+using int16_t = short;
+using int32_t = int;
+using int64_t = long;
+using uint8_t = unsigned char;
+using uint16_t = unsigned short;
+using uint32_t = unsigned int;
+using uint64_t = unsigned long;
+""",
+    b"cooperative_groups.h": b"namespace cooperative_groups {}\n",
+}
+
+
+@dataclass(frozen=True)
+class Module:
+    """file: where MLX looks for the compiled text, without its suffix. entry: the kernel's name in C++."""
+
+    file: Path
+    entry: str
+    text: bytes
+
+
+def compile_ahead(launches: Iterable[Recorded]) -> int:
+    """Sees to it that MLX finds the kernels of these launches compiled. Returns how many it had to compile.
+
+    Nothing is launched, and nothing raised but KeyboardInterrupt. Without CUDA there is nothing to do.
+    """
+    folder, compiler = modules_folder(), _nvrtc() if mx.cuda.is_available() else None
+    if folder is None or compiler is None:
+        return 0
+    kinds = {(id(launch), *(a.dtype for a in arrays)): (launch, arrays) for launch, arrays in list(launches)}
+    modules = {m.file: m for launch, arrays in kinds.values() if (m := _module(folder, launch, arrays))}
+    missing = [m for m in modules.values() if not m.file.with_suffix(".ptx").exists() and not _died(m)]
+    if not missing:
+        return 0
+    options = (*OPTIONS, f"--gpu-architecture={architecture()}", *(f"--include-path={p}" for p in include_folders()))
+    pool = ThreadPoolExecutor(min(len(missing), os.cpu_count() or 1))  # NVRTC runs without Python's lock
+    try:
+        return sum(pool.map(lambda module: _keep(module, compiler, options), missing))
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def modules_folder() -> Path | None:
+    """Where MLX looks for compiled modules; None where that is nowhere."""
+    given = os.environ.get("MLX_PTX_CACHE_DIR")
+    if given is None:
+        return Path(tempfile.gettempdir(), "mlx", version("mlx"), "ptx")
+    return Path(given) if given else None
+
+
+def include_folders() -> list[Path]:
+    """That hold CUDA's headers: of a toolkit, or of NVIDIA's packages beside MLX."""
+    toolkits = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    packages = Path(mx.__file__).resolve().parents[1] / "nvidia"
+    folders = [*(Path(t) for t in toolkits if t), packages / "cu13", packages / "cuda_runtime"]
+    return [folder / "include" for folder in folders if (folder / "include" / "cuda_fp16.h").exists()]
+
+
+def text_hash(text: bytes) -> int:
+    """std::hash<std::string> of the C++ library that MLX uses."""
+    function = ctypes.CDLL("libstdc++.so.6")._ZSt11_Hash_bytesPKvmm
+    function.restype, function.argtypes = ctypes.c_size_t, [ctypes.c_char_p, ctypes.c_size_t, ctypes.c_size_t]
+    return int(function(text, len(text), 0xC70F6907))
+
+
+def _module(folder: Path, launch: Launch, arrays: Sequence[mx.array]) -> Module | None:
+    try:
+        found = source(launch, arrays)
+        if found is None:
+            return None
+        name, text = found[0], found[1].encode()
+        entry = re.search(r"__global__ void (\w+)\(", found[1])
+        file = f"{name}_{text_hash(text):x}"
+    except Exception:  # whatever MLX raises, or the loader of the C++ library
+        return None
+    return Module(folder / file, f"mlx::core::cu::{entry[1]}", text) if entry and len(file) <= LONGEST_NAME else None
+
+
+def _died(module: Module) -> bool:
+    """Whether a process ended while it compiled this."""
+    left = module.file.parent.glob(f"{module.file.name}.[0-9]*")
+    return any(not psutil.pid_exists(int(mark.suffix[1:])) for mark in left)
+
+
+def _keep(module: Module, nvrtc: ctypes.CDLL, options: Sequence[str]) -> bool:
+    """Whether it could be compiled and written."""
+    mark = module.file.with_suffix(f".{os.getpid()}")  # stays where the process ends
+    try:
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+        try:
+            made = _compile(module, nvrtc, options)
+        finally:
+            mark.unlink()
+        if made is None:
+            return False
+        binary, mangled = made
+        # First the names: MLX takes a module for whole when its code is there.
+        _write(module.file.with_suffix(".txt"), f"{module.entry}\t{mangled}\n".encode())
+        _write(module.file.with_suffix(".ptx"), binary)
+    except OSError:
+        return False
+    return True
+
+
+def _write(file: Path, content: bytes) -> None:
+    """In one step: another process may be reading it."""
+    with tempfile.NamedTemporaryFile("wb", dir=file.parent, delete=False) as new:
+        try:
+            new.write(content)
+            new.flush()
+            Path(new.name).replace(file)
+        except OSError:
+            with suppress(OSError):
+                Path(new.name).unlink()
+            raise
+
+
+def _nvrtc() -> ctypes.CDLL | None:
+    """The one that MLX has loaded: what another version makes, the driver might not take."""
+    for name in ("libnvrtc.so.13", "libnvrtc.so.12"):
+        with suppress(OSError, AttributeError):  # no RTLD_NOLOAD: no Linux
+            return ctypes.CDLL(name, os.RTLD_NOLOAD | os.RTLD_NOW)
+    return None
+
+
+def _compile(module: Module, nvrtc: ctypes.CDLL, options: Sequence[str]) -> tuple[bytes, str] | None:
+    """The machine code, and the kernel's name in it; None if NVRTC does not like the text."""
+
+    def strings(values: Iterable[bytes]) -> Any:
+        array = [*values]
+        return (ctypes.c_char_p * len(array))(*array)
+
+    program, entry = ctypes.c_void_p(), module.entry.encode()
+    size, mangled = ctypes.c_size_t(), ctypes.c_char_p()
+    headers = len(HEADERS), strings(HEADERS.values()), strings(HEADERS)
+    if nvrtc.nvrtcCreateProgram(ctypes.byref(program), module.text, b"kernel.cu", *headers):
+        return None
+    try:
+        if (
+            nvrtc.nvrtcAddNameExpression(program, entry)
+            or nvrtc.nvrtcCompileProgram(program, len(options), strings(o.encode() for o in options))
+            or nvrtc.nvrtcGetLoweredName(program, entry, ctypes.byref(mangled))
+            or nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size))
+        ):
+            return None
+        binary = ctypes.create_string_buffer(size.value)
+        if nvrtc.nvrtcGetCUBIN(program, binary) or not mangled.value:
+            return None
+        return binary.raw, mangled.value.decode()
+    finally:
+        nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
