@@ -60,6 +60,7 @@ VALUES = {
     "MAX_SPLITS": (16, 32, 64, 128),
     "MATRIX_HEADS": (8, 16, 24),
     "MATRIX_THREADGROUPS": (66, 132, 198, 264),
+    "MATRIX_AHEAD": (1, 2),
     "MERGE_ROWS": (1, 2, 4, 8),
     "MERGE_SIMDGROUPS": (1, 2, 4, 8),
 }

@@ -236,11 +236,11 @@ if (simdgroup == 0) {
 #pragma unroll
       for (int p = 0; p < VALUES; ++p) {
         if (in_latent(as_cached, p, lane)) {
-          ((device float2*)partial)[at * uint(LATENT / 2 + 1) + pair_of(as_cached, p, lane)] = sums[h][p];
+          ((device float2*)partial)[at * uint(LATENT / 2 + 2) + pair_of(as_cached, p, lane)] = sums[h][p];
         }
       }
       if (lane == uint(h * SHARE)) {
-        ((device float2*)partial)[at * uint(LATENT / 2 + 1) + uint(LATENT / 2)] = float2(largest, total);
+        ((device float4*)partial)[at * uint(LATENT / 4 + 1) + uint(LATENT / 4)] = float4(largest, total, 0.0f, 0.0f);
       }
     }
   }

@@ -53,9 +53,9 @@ ROWS_AT_ONCE = 2  # rows that a lane loads in one go
 ROWS_OF_SPLIT, MAX_SPLITS = 32, 52
 MERGE_ROWS, MERGE_SIMDGROUPS = 4, 8  # rows of v_b of a simdgroup, simdgroups of a threadgroup
 # In long contexts, where products of matrices take over: rows of the cache from which on, heads of a threadgroup,
-# threadgroups for all heads (an H200 has room for 132), simdgroups of each.
+# threadgroups for all heads (an H200 has room for 132), turns that rows are asked for ahead, simdgroups.
 MATRIX_ROWS = 1024
-MATRIX_HEADS, MATRIX_THREADGROUPS = 16, 132
+MATRIX_HEADS, MATRIX_THREADGROUPS, MATRIX_AHEAD = 16, 132, 2
 MATRIX_SIMDGROUPS = 8
 MAX_LATENT = 2048  # a lane holds whole rows of v_b
 MAX_PACKED = 512  # the same of rows in 8 bits: 16 values a lane, under one scale
@@ -257,6 +257,7 @@ def _launches(
     )
     attend_by = _matrices if _takes_matrices(attention) else _vectors
     attend, splits, merge_rows, merge_simdgroups = attend_by(back_end, attention)
+    groups = max(1, merge_simdgroups * 32 // (latent_dim // 4))  # of threads, as the text has them
     merge = launcher.prepare(
         back_end,
         "mla_merge",
@@ -276,7 +277,7 @@ def _launches(
         },
         threadgroups=(-(-values // (merge_rows * merge_simdgroups)), heads, length),
         simdgroups=merge_simdgroups,
-        threadgroup_bytes=latent_dim * 4,
+        threadgroup_bytes=(groups * latent_dim + splits) * 4,
     )
     return attend, merge
 
@@ -320,8 +321,8 @@ class _Attention:
             inputs=["q_latent", "q", "kv_a", "norm_weight", "wavelengths", "cache", "position"],
             writes=["cache"],
             weights={},
-            # Of each split its sums, its largest score, and its sum of exponentials.
-            outputs={"partial": ((self.heads, self.length, splits, self.latent_dim + 2), mx.float32)},
+            # Of each split its sums, its largest score, and its sum of exponentials, and two zeros, which align the next.
+            outputs={"partial": ((self.heads, self.length, splits, self.latent_dim + 4), mx.float32)},
             template={
                 "T": self.dtype,
                 "HEADS": self.heads,
@@ -394,19 +395,21 @@ def _takes_matrices(a: _Attention) -> bool:
 
 
 def _matrix_shared(a: _Attention, heads_at_once: int) -> int:
-    """Floats of threadgroup memory: scores by simdgroup, factors and weights; or the queries, or the last rows."""
+    """Floats of threadgroup memory: scores by simdgroup, factors and weights; or the queries, or the last rows; or the
+    sums of 8 heads."""
     working = MATRIX_SIMDGROUPS * heads_at_once * 36 + heads_at_once * (8 + 40 // 2)
-    return max(working, max(heads_at_once, 16) * a.width // 2)
+    return max(working, max(heads_at_once, 16) * (a.width + 8) // 2, 8 * (a.latent_dim + 4))
 
 
 def _matrices(back_end: launcher.BackEnd, a: _Attention) -> tuple[launcher.Launch, int, int, int]:
     """As `_vectors`."""
-    heads_at_once, threadgroups, *merge = launch_shape(
+    heads_at_once, threadgroups, turns_ahead, *merge = launch_shape(
         "mla_decode",
         a.what,
         a.length,
         MATRIX_HEADS=MATRIX_HEADS,
         MATRIX_THREADGROUPS=MATRIX_THREADGROUPS,
+        MATRIX_AHEAD=MATRIX_AHEAD,
         MERGE_ROWS=MERGE_ROWS,
         MERGE_SIMDGROUPS=MERGE_SIMDGROUPS,
     )
@@ -414,7 +417,9 @@ def _matrices(back_end: launcher.BackEnd, a: _Attention) -> tuple[launcher.Launc
         "mla_decode", (heads_at_once % 8 == 0, f"{heads_at_once} heads at once; a multiple of 8 is possible")
     )
     heads_at_once = min(heads_at_once, -(-a.heads // 8) * 8)
-    splits = max(1, threadgroups // -(-a.heads // heads_at_once))
+    splits = max(2, threadgroups // -(-a.heads // heads_at_once))  # one is for the last rows
     shared = _matrix_shared(a, heads_at_once)
-    launch = a.prepare(back_end, "mla_matrix", splits, heads_at_once, MATRIX_SIMDGROUPS, shared)
+    launch = a.prepare(
+        back_end, "mla_matrix", splits, heads_at_once, MATRIX_SIMDGROUPS, shared, TURNS_AHEAD=turns_ahead
+    )
     return launch, splits, merge[0], merge[1]

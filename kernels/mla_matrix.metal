@@ -7,7 +7,7 @@
 //   rows x dimensions (keys)  *  dimensions x heads (queries)  ->  rows x heads, summed over simdgroups
 //   heads x rows (weights)    *  rows x dimensions (keys)      ->  heads x dimensions
 //
-// The last split takes the rows past the last whole eight, among them the new ones: they are made, or copied, into
+// The last split has the rows past the last whole eight alone, among them the new ones: they are made, or copied, into
 // threadgroup memory, with zeros up to TAIL.
 threadgroup float shared[SHARED];
 typedef Rows<T, LATENT, ROPE> CachedRows;
@@ -26,6 +26,7 @@ constexpr int ROW_TILES = ROWS / 8;
 constexpr int TAIL = 16;             // 7 rows that are not a whole eight, and up to 8 new ones, one of which is the query's
 constexpr int SCORE_STRIDE = 36;     // of a head; so that lanes of a load or store meet different banks, as below
 constexpr int WEIGHT_STRIDE = 40;
+constexpr int STAGED = WIDTH + 8;
 const uint lane = thread_index_in_simdgroup;
 const uint simdgroup = simdgroup_index_in_threadgroup;
 const uint split = threadgroup_position_in_grid.x;
@@ -39,7 +40,7 @@ threadgroup T* weights = (threadgroup T*)(factors + HEADS_AT_ONCE * 8);
 const uint cached = uint(position[0]);
 const uint visible = cached + query + 1;  // rows that this query sees
 const uint whole = cached / 8;            // tiles of rows in the cache
-const uint tiles_of_split = (whole + splits - 1) / splits;
+const uint tiles_of_split = (whole + splits - 2) / (splits - 1);
 const uint first_tile = min(whole, split * tiles_of_split);
 const uint end_tile = min(whole, first_tile + tiles_of_split);
 const uint blocks = (end_tile - first_tile + uint(ROW_TILES - 1)) / uint(ROW_TILES);
@@ -61,10 +62,15 @@ const uint own_pair = first % 8 / 2;
 
 constexpr int KEYS = ROW_TILES * DIMENSION_TILES;
 uint keys[KEYS];  // rows x dimensions: of each matrix the lane's pair
-uint ahead[KEYS];
+uint ahead[TURNS_AHEAD][KEYS];  // of the turns after it
 if (blocks > 0) {
-  load_keys<ROW_TILES, LATENT_TILES, ROPE_TILES, SIMDGROUPS * 8, WIDTH>(rows, first_tile, end_tile, own_row, own_pair, latent,
-                                                                        k_pe, keys);
+  load_keys<ROW_TILES, LATENT_TILES, ROPE_TILES, SIMDGROUPS * 8, WIDTH>(rows, first_tile, end_tile, own_row, own_pair,
+                                                                        latent, k_pe, keys);
+#pragma unroll
+  for (int i = 0; i + 1 < TURNS_AHEAD; ++i) {
+    load_keys<ROW_TILES, LATENT_TILES, ROPE_TILES, SIMDGROUPS * 8, WIDTH>(
+        rows, first_tile + uint((i + 1) * ROW_TILES), end_tile, own_row, own_pair, latent, k_pe, ahead[i]);
+  }
 }
 LOADS_END
 threadgroup_barrier(mem_flags::mem_threadgroup);
@@ -81,7 +87,7 @@ for (int i = 0; i < (HEADS_AT_ONCE * LATENT / 8 + THREADS - 1) / THREADS; ++i) {
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const uint place = place_of<LATENT_TILES>(four % uint(LATENT / 8) * 4 + uint(j));
-      ((threadgroup uint*)staged)[head * uint(WIDTH / 2) + place] = words[j];
+      ((threadgroup uint*)staged)[head * uint(STAGED / 2) + place] = words[j];
     }
   }
 }
@@ -93,7 +99,7 @@ for (int i = 0; i < (HEADS_AT_ONCE * ROPE / 2 + THREADS - 1) / THREADS; ++i) {
   if (head < uint(HEADS_AT_ONCE)) {
     const auto from = q + (query * uint(HEADS) + min(first_head + head, uint(HEADS - 1))) * uint(NOPE + ROPE) + NOPE;
     const float2 value = rotate(as_float<T>(load_pair(from, pair)), float(cached + query), wavelengths[pair]);
-    ((threadgroup uint*)staged)[head * uint(WIDTH / 2) + uint(LATENT / 2) + pair] = as_pair(value, T(0.0f));
+    ((threadgroup uint*)staged)[head * uint(STAGED / 2) + uint(LATENT / 2) + pair] = as_pair(value, T(0.0f));
   }
 }
 threadgroup_barrier(mem_flags::mem_threadgroup);
@@ -105,7 +111,7 @@ for (int t = 0; t < TILES; ++t) {
     const uint at = k < LATENT_TILES ? latent + uint(k * 8) : k_pe + uint((k - LATENT_TILES) * SIMDGROUPS * 8);
     queries[t][k] = make_filled_simdgroup_matrix<T, 8, 8>(T(0.0f));
     if (at < uint(WIDTH)) {
-      simdgroup_load(queries[t][k], staged + t * 8 * WIDTH + at, WIDTH, 0, true);
+      simdgroup_load(queries[t][k], staged + t * 8 * STAGED + at, STAGED, 0, true);
     }
   }
 }
@@ -133,9 +139,9 @@ for (uint block = 0; block < blocks + uint(has_tail); ++block) {
   if (block < blocks) {
     const uint tile = first_tile + block * uint(ROW_TILES);
     count = min(end_tile - tile, uint(ROW_TILES)) * 8;
-    if (block + 1 < blocks) {  // so that the rows need not be waited for
-      load_keys<ROW_TILES, LATENT_TILES, ROPE_TILES, SIMDGROUPS * 8, WIDTH>(rows, tile + uint(ROW_TILES), end_tile, own_row,
-                                                                            own_pair, latent, k_pe, ahead);
+    if (block + uint(TURNS_AHEAD) < blocks) {  // so that the rows need not be waited for
+      load_keys<ROW_TILES, LATENT_TILES, ROPE_TILES, SIMDGROUPS * 8, WIDTH>(
+          rows, tile + uint(TURNS_AHEAD * ROW_TILES), end_tile, own_row, own_pair, latent, k_pe, ahead[TURNS_AHEAD - 1]);
     }
     LOADS_END
   } else {
@@ -158,7 +164,7 @@ for (uint block = 0; block < blocks + uint(has_tail); ++block) {
         if (in_row(as_cached, i, lane)) {
           const uint pair = uint(i) * 32 + lane;
           const uint place = pair < uint(LATENT / 2) ? place_of<LATENT_TILES>(pair) : pair;
-          ((threadgroup Word*)staged)[r * uint(WIDTH / 2) + place] = words[i];
+          ((threadgroup Word*)staged)[r * uint(STAGED / 2) + place] = words[i];
         }
       }
     }
@@ -168,7 +174,7 @@ for (uint block = 0; block < blocks + uint(has_tail); ++block) {
 #pragma unroll
       for (int k = 0; k < DIMENSION_TILES; ++k) {
         const uint at = k < LATENT_TILES ? latent + uint(k * 8) : k_pe + uint((k - LATENT_TILES) * SIMDGROUPS * 8);
-        const uint pairs = (uint(r * 8) + own_row) * uint(WIDTH / 2) + at / 2 + own_pair;
+        const uint pairs = (uint(r * 8) + own_row) * uint(STAGED / 2) + at / 2 + own_pair;
         keys[r * DIMENSION_TILES + k] = r < TAIL / 8 && at < uint(WIDTH) ? ((threadgroup uint*)staged)[pairs] : 0u;
       }
     }
@@ -251,27 +257,33 @@ for (uint block = 0; block < blocks + uint(has_tail); ++block) {
   }
 #pragma unroll
   for (int i = 0; i < KEYS; ++i) {
-    keys[i] = ahead[i];
+    keys[i] = ahead[0][i];
+#pragma unroll
+    for (int j = 0; j + 1 < TURNS_AHEAD; ++j) {
+      ahead[j][i] = ahead[j + 1][i];
+    }
   }
 }
 
-// Through threadgroup memory, for the last heads may be fewer than 8.
-threadgroup_barrier(mem_flags::mem_threadgroup);
-threadgroup float* own = shared + simdgroup * 64;
+// Through threadgroup memory: there the dimensions of 8 heads are put in order, and the heads that there are not left out.
+constexpr int RESULT = LATENT + 4;
 #pragma unroll
 for (int t = 0; t < TILES; ++t) {
-  const uint head = first_head + uint(t * 8) + lane / 4;
-  const uint at = (min(head, uint(HEADS - 1)) * uint(QUERIES) + query) * splits + split;
+  threadgroup_barrier(mem_flags::mem_threadgroup);
 #pragma unroll
   for (int k = 0; k < LATENT_TILES; ++k) {
-    simdgroup_store(sums[t][k], own);
-    simdgroup_barrier(mem_flags::mem_threadgroup);
+    simdgroup_store(sums[t][k], shared + latent + k * 8, RESULT);
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  for (uint i = thread_index_in_threadgroup; i < uint(8 * LATENT / 2); i += uint(THREADS)) {
+    const uint row = i / uint(LATENT / 2);
+    const uint pair = i % uint(LATENT / 2);
+    const uint head = first_head + uint(t * 8) + row;
     if (head < uint(HEADS)) {
-      const float2 pair = ((threadgroup float2*)own)[lane];
-      const uint place = latent / 2 + lane % 4 * uint(LATENT_TILES) + uint(k);
-      ((device float2*)partial)[at * uint(LATENT / 2 + 1) + place] = pair;
+      const uint at = (head * uint(QUERIES) + query) * splits + split;
+      const uint from = row * uint(RESULT / 2) + place_of<LATENT_TILES>(pair);
+      ((device float2*)partial)[at * uint(LATENT / 2 + 2) + pair] = ((threadgroup float2*)shared)[from];
     }
-    simdgroup_barrier(mem_flags::mem_threadgroup);
   }
 }
 #pragma unroll
@@ -279,6 +291,6 @@ for (int j = 0; j < OWN_HEADS; ++j) {
   const uint head = first_head + simdgroup * uint(OWN_HEADS) + uint(j);
   if (lane == 0 && head < uint(HEADS)) {
     const uint at = (head * uint(QUERIES) + query) * splits + split;
-    ((device float2*)partial)[at * uint(LATENT / 2 + 1) + uint(LATENT / 2)] = float2(largest[j], total[j]);
+    ((device float4*)partial)[at * uint(LATENT / 4 + 1) + uint(LATENT / 4)] = float4(largest[j], total[j], 0.0f, 0.0f);
   }
 }

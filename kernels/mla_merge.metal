@@ -3,12 +3,17 @@
 // asks for them before it does anything else. What several threadgroups need they compute each for themselves.
 //
 // Every simdgroup holds the factors of all splits, a lane those of splits lane, lane + 32, ...
-threadgroup float latent[LATENT];
+//
+// The latent is added up four values a thread. Threads past a quarter of the latent take other splits.
 constexpr int PER_LANE = (SPLITS + 31) / 32;
 constexpr int DEPTH = (LATENT / 8 + 31) / 32;
 constexpr int THREADS = SIMDGROUPS * 32;
-constexpr int AT_ONCE = (SPLITS + (SPLITS + 35) / 36 - 1) / ((SPLITS + 35) / 36);  // splits of a turn
-constexpr int PAIRS = LATENT / 2 + 1;  // of a split: its sums, then its largest score and the sum of its exponentials
+constexpr int FOURS = LATENT / 4;
+constexpr int GROUPS = THREADS >= 2 * FOURS ? THREADS / FOURS : 1;  // of threads, each with every GROUPS-th split
+constexpr int TURNS = (SPLITS + GROUPS - 1) / GROUPS;
+constexpr int AT_ONCE = TURNS < 18 ? TURNS : 18;
+threadgroup float latents[GROUPS * LATENT];
+threadgroup float shared_factors[SPLITS];
 const uint lane = thread_index_in_simdgroup;
 const uint first = (threadgroup_position_in_grid.x * uint(SIMDGROUPS) + simdgroup_index_in_threadgroup) * uint(ROWS);
 const uint head = threadgroup_position_in_grid.y;
@@ -26,14 +31,14 @@ for (int d = 0; d < DEPTH; ++d) {
 LOADS_END
 
 const uint at = head * uint(QUERIES) + query;
-const device float2* partials = (const device float2*)partial + at * uint(SPLITS * PAIRS);
+const device float2* partials = (const device float2*)partial + at * uint(SPLITS * (LATENT / 2 + 2));
 float factors[PER_LANE];
 float totals[PER_LANE];
 float largest = -INFINITY;
 #pragma unroll
 for (int i = 0; i < PER_LANE; ++i) {
   const uint split = uint(i) * 32 + lane;
-  const float2 state = split < uint(SPLITS) ? partials[split * uint(PAIRS) + uint(LATENT / 2)] : float2(-INFINITY, 0.0f);
+  const float2 state = split < uint(SPLITS) ? partials[split * uint(LATENT / 2 + 2) + uint(LATENT / 2)] : float2(-INFINITY, 0.0f);
   factors[i] = state.x;
   totals[i] = state.y;
   largest = max(largest, factors[i]);
@@ -48,27 +53,43 @@ for (int i = 0; i < PER_LANE; ++i) {
 }
 total = simd_sum(total);
 
-for (uint begin = 0; begin < uint(LATENT / 2); begin += uint(THREADS)) {
-  const uint pair = begin + thread_index_in_threadgroup;
-  float2 sum = float2(0.0f, 0.0f);
+if (simdgroup_index_in_threadgroup == 0) {
 #pragma unroll
-  for (int turn = 0; turn < SPLITS; turn += AT_ONCE) {
-    float2 values[AT_ONCE];
+  for (int i = 0; i < PER_LANE; ++i) {
+    if (uint(i) * 32 + lane < uint(SPLITS)) {
+      shared_factors[uint(i) * 32 + lane] = factors[i];
+    }
+  }
+}
+threadgroup_barrier(mem_flags::mem_threadgroup);
+const uint group = GROUPS == 1 ? 0 : thread_index_in_threadgroup / uint(FOURS);
+for (uint begin = 0; begin < uint(FOURS); begin += uint(THREADS)) {
+  const uint four = begin + (GROUPS == 1 ? thread_index_in_threadgroup : thread_index_in_threadgroup % uint(FOURS));
+  const device float4* from = (const device float4*)partials + min(four, uint(FOURS - 1));
+  float4 sum = float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll
+  for (int turn = 0; turn < TURNS; turn += AT_ONCE) {
+    float4 values[AT_ONCE];
 #pragma unroll
     for (int i = 0; i < AT_ONCE; ++i) {
-      values[i] = partials[uint(min(turn + i, SPLITS - 1) * PAIRS) + min(pair, uint(LATENT / 2 - 1))];
+      values[i] = from[min(uint((turn + i) * GROUPS) + group, uint(SPLITS - 1)) * uint(LATENT / 4 + 1)];
     }
     LOADS_END
 #pragma unroll
-    for (int i = 0; i < AT_ONCE && turn + i < SPLITS; ++i) {
-      const float factor = simd_shuffle(factors[(turn + i) / 32], ushort((turn + i) % 32));
-      sum.x = fma(factor, values[i].x, sum.x);
-      sum.y = fma(factor, values[i].y, sum.y);
+    for (int i = 0; i < AT_ONCE; ++i) {
+      const uint split = uint((turn + i) * GROUPS) + group;
+      const float factor = split < uint(SPLITS) ? shared_factors[split] : 0.0f;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        sum[j] = fma(factor, values[i][j], sum[j]);
+      }
     }
   }
-  if (pair < uint(LATENT / 2)) {
-    latent[pair * 2] = sum.x;
-    latent[pair * 2 + 1] = sum.y;
+  if (four < uint(FOURS) && group < uint(GROUPS)) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      latents[group * uint(LATENT) + four * 4 + uint(j)] = sum[j];
+    }
   }
 }
 threadgroup_barrier(mem_flags::mem_threadgroup);
@@ -85,7 +106,12 @@ for (int d = 0; d < DEPTH; ++d) {
     Eight x8;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      x8.v[i] = latent[chunk * 8 + uint(i)];
+      float value = latents[chunk * 8 + uint(i)];
+#pragma unroll
+      for (int g = 1; g < GROUPS; ++g) {
+        value += latents[uint(g * LATENT) + chunk * 8 + uint(i)];
+      }
+      x8.v[i] = value;
     }
     x8 = with_sum(x8);
 #pragma unroll

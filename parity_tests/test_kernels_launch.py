@@ -166,7 +166,7 @@ SHAPES: list[tuple[Case, dict[str, int]]] = [
     ),
     (
         Mla(20, 300, 64, 16, tokens=2, dtype=mx.float16, room=1024),
-        {"MATRIX_HEADS": 24, "MATRIX_THREADGROUPS": 9},
+        {"MATRIX_HEADS": 24, "MATRIX_THREADGROUPS": 9, "MATRIX_AHEAD": 1},
     ),
     (
         Mla(9, 200),
