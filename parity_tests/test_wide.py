@@ -136,11 +136,13 @@ def test_a_layer_has_the_experts_of_a_few_tiles_at_a_time_beside_the_next(
     loaded.model.hidden_states(mx.array([tokens(count)]) % cfg.vocab_size, loaded.model.new_cache())
     tiles, rows = tiles_shape(count * cfg.num_experts_per_tok, cfg.num_experts)
     d, f = cfg.hidden_size, cfg.moe_intermediate_size
-    attention, layer = (1, cfg.num_heads, count, cfg.kv_lora_rank), (1, count, d)
+    attention = [(1, count, cfg.kv_lora_rank), (1, cfg.num_heads, count, cfg.kv_lora_rank)]  # values, results
+    layer = (1, count, d)
     turns = [min(4, tiles - begin) for begin in range(0, tiles, 4)]
-    moe = [(tiles, rows, d), *[(some, rows, width) for some in turns for width in (f, f, d)]]
+    experts = [(some, rows, width) for some in turns for width in (f, f, d)]
+    moe = [(tiles, rows, d), *experts, (count, cfg.num_experts_per_tok, d)]
     assert len(turns) > 1
-    assert started == [attention, layer, *[attention, *moe, layer] * (cfg.num_layers - cfg.first_k_dense)]
+    assert started == [*attention, layer, *[*attention, *moe, layer] * (cfg.num_layers - cfg.first_k_dense)]
 
 
 @pytest.mark.parametrize("name", ["GLM Q4_0, output Q6_K", "GLM Unsloth Q4_0", "DeepSeek-V2-Lite"])
@@ -152,7 +154,7 @@ def test_a_prompt_in_16_bits_stays_near_the_reference(name: str, model_file: Mak
 def test_attention_of_a_prompt_takes_no_more_memory_for_more_queries(
     on_cuda: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The scores of a few queries at a time, twice, of two turns, where all of them would be 16 times as many."""
+    """The scores of a few queries at a time, once, of two turns, where all of them would be 16 times as many."""
     monkeypatch.setattr(wide, "QUERIES", 32)
     q, rows = (mx.array(a).astype(mx.bfloat16) for a in queries_and_rows(1, 512, 4096))
     mx.eval(q, rows)
@@ -162,14 +164,29 @@ def test_attention_of_a_prompt_takes_no_more_memory_for_more_queries(
         mx.reset_peak_memory()
         mx.eval(attend_ops(q[..., :LATENT], q[..., LATENT:], rows, 0.25))
         taken.append(mx.get_peak_memory() - held)
-    scores = 2 * 2 * 3 * 32 * 4096
-    copies = 2 * 2 * (rows.size + q.size)  # keys and values in float16, queries and results
-    assert scores / 2 < min(taken) <= 3 * scores + copies
+    scores = 2 * 3 * 32 * 4096
+    copies = 2 * (2 * rows.size + 3 * q.size)  # keys and values in float16, queries and results
+    assert scores < min(taken) <= 2 * scores + copies
+
+
+def test_scores_are_masked_where_they_are(on_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLX changes them in place, and makes probabilities of them there, or a turn would have them twice or thrice."""
+    monkeypatch.setattr(wide, "start", lambda result: result)
+    length, count = 64, 16_384
+    q, rows = (mx.array(a).astype(mx.bfloat16) for a in queries_and_rows(1, length, count))
+    scores = 2 * q.shape[1] * length * count
+    mx.eval(q, rows)
+    held = mx.get_active_memory()
+    mx.reset_peak_memory()
+    mx.eval(wide.attend(q[..., :LATENT], q[..., LATENT:], rows, 0.25))
+    keys_and_values = 2 * 2 * rows.size
+    assert 0.9 * scores < mx.get_peak_memory() - held - keys_and_values < 1.5 * scores
 
 
 def test_every_type_of_a_model_is_checked_before_it_is_expanded(
     model_file: MakeModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(wide, "_on_cuda", lambda: False)
     loaded = load_model(model_file(VARIANTS["GLM Unsloth Q4_0"]), mx.bfloat16)
     assert prompt_cases(loaded.model) == []
     monkeypatch.setattr(wide, "_on_cuda", lambda: True)
@@ -183,6 +200,7 @@ def test_every_type_of_a_model_is_checked_before_it_is_expanded(
 
 
 def test_a_prompt_is_read_in_larger_chunks_there(model_file: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wide, "_on_cuda", lambda: False)
     model = load_model(model_file(VARIANTS["GLM Q4_0, output Q6_K"]), mx.bfloat16).model
     assert Engine(model).chunk == prefill_chunk(mx.bfloat16) == PREFILL_CHUNK
     monkeypatch.setattr(wide, "_on_cuda", lambda: True)
