@@ -69,7 +69,9 @@ def test_tiles_grow_with_the_choices_of_an_expert() -> None:
 
 @pytest.mark.parametrize("at_once", [1, 3, 32])
 @pytest.mark.parametrize("name", COUNTS)
-def test_products_in_tiles_agree_with_float64(name: str, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_products_in_tiles_agree_with_float64(
+    name: str, at_once: int, on_cpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In float32, which the same code takes, so that a fault is not within a rounding."""
     monkeypatch.setattr(wide, "TILES", at_once)
     experts = shuffled(COUNTS[name])
