@@ -20,7 +20,8 @@ Queries, keys, scores and probabilities are float16: three bits more than bfloat
 
 MLX allocates when it hands work over, and frees when the GPU has done it: a host that runs ahead would have the
 expanded experts of many layers in memory. So each product with `TILES` experts, each turn of attention and each layer
-is `start`ed.
+is `start`ed. What a turn made and nobody wants is freed when all of it is done, by another thread of MLX's, which is
+late: so turns are kept small.
 """
 
 import mlx.core as mx
@@ -32,7 +33,9 @@ from kernels.rows import RowFormat
 LEAST_TOKENS = 64  # from which on expanding a weight is cheaper than its float32 matmul
 TILES = 32  # whose experts are expanded at once: 200 MB of GLM-4.7-Flash
 SCORES = 24 << 20  # values of 2 bytes
+ALIVE = 5  # turns whose memory is not yet free: two at work, the others by what an H200 had at its peak
 QUERIES = 512  # of each head and sequence, at once
+UNPACKED = 16_384  # rows of the cache that are in 8 bits, at once
 ALIGNED = 32  # queries: as many at once as are a multiple of it, where there are so many
 _started: list[mx.array] = []  # what `start` has not waited for: one at most
 
@@ -67,9 +70,7 @@ def start(result: mx.array) -> mx.array:
 def attend(q_latent: mx.array, q_pe: mx.array, rows: mx.array, scale: float) -> mx.array:
     batch, heads, length, latent_dim = q_latent.shape
     row_format = RowFormat(latent_dim, q_pe.shape[-1], rows.dtype)
-    keys = row_format.load(rows, mx.float16)
-    if row_format.is_packed:
-        start(keys)
+    keys = _unpacked(rows, row_format) if row_format.is_packed else rows.astype(mx.float16)
     values = start(mx.contiguous(keys[..., :latent_dim]))
     at_once = queries_at_once(batch * heads, rows.shape[1])
     own = mx.arange(at_once) <= mx.arange(at_once)[:, None]  # among the rows of these queries, those that are seen
@@ -94,6 +95,19 @@ def attend(q_latent: mx.array, q_pe: mx.array, rows: mx.array, scale: float) -> 
             out = mx.matmul(probabilities, values[:, :seen]).reshape(batch, heads, count, latent_dim)
             parts.append(start(out.astype(q_latent.dtype)))
     return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)
+
+
+def _unpacked(rows: mx.array, row_format: RowFormat) -> mx.array:
+    """(B, S, R + P) float16. A few rows at a time where they are many: three times as much stands on the way there."""
+    count = rows.shape[1]
+    if count <= UNPACKED:
+        return start(row_format.load(rows, mx.float16))
+    keys = mx.zeros((rows.shape[0], count, row_format.values), mx.float16)
+    for begin in range(0, count, UNPACKED):
+        some = slice(begin, begin + UNPACKED)
+        keys[:, some] = row_format.load(rows[:, some], mx.float16)  # in place: nobody else holds the array
+        start(keys)
+    return keys
 
 
 def _scores(q: mx.array, keys: mx.array, heads: int) -> mx.array:

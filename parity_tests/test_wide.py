@@ -86,8 +86,10 @@ def test_attention_agrees_with_float64_and_sees_no_later_row(
     attention_errors(q, rows, offset, f"{length} queries at {offset}, {at_once} at once")
 
 
-def test_rows_in_8_bits_are_those_that_are_stored() -> None:
+@pytest.mark.parametrize("at_once", [16_384, 96, 40])
+def test_rows_in_8_bits_are_those_that_are_stored(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A value is the product of a quant and a float16, which float16 rounds as it would the exact value."""
+    monkeypatch.setattr(wide, "UNPACKED", at_once)
     q, values = queries_and_rows(1, 64, 96)
     packed = RowFormat(LATENT, values.shape[-1] - LATENT, mx.uint8)
     rows = packed.store(mx.array(values))
@@ -210,11 +212,11 @@ def test_a_prompt_is_read_in_larger_chunks_there(model_file: MakeModel, monkeypa
 
 @pytest.mark.parametrize("kv_bits", [16, 8])
 @pytest.mark.parametrize("context", [512, 2048, 32_768, 202_752])
-def test_the_plan_has_at_most_a_gigabyte_and_a_half_of_scratch(
+def test_the_plan_has_less_than_a_gigabyte_and_a_half_of_scratch(
     context: int, kv_bits: KvBits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For GLM-4.7-Flash: the experts of 32 tiles twice, 201 MB each, and the rows of all tiles."""
+    """For GLM-4.7-Flash: the experts of 32 tiles, 201 MB, of five turns, and the rows of all tiles."""
     monkeypatch.setattr(wide, "_on_cuda", lambda: True)
     monkeypatch.setattr(checkup, "activation_dtype", lambda: mx.bfloat16)
     scratch = checkup.glm_flash_memory(context, kv_bits).scratch
-    assert 2 * 2 * 32 * 1536 * 2048 < scratch <= 1.5e9
+    assert 5 * 2 * 32 * 1536 * 2048 < scratch <= 1.42e9
