@@ -5,7 +5,7 @@ matmul(x, w) -> (..., L, rows), like `qmv_ops`
     w  (..., rows, cols)  a `Weight`, the leading dimensions those of x; its values are rounded once, to the dtype of x
 
 by_tile(x, w, experts) -> (tiles, rows of a tile, rows)
-    x  (tiles, rows of a tile, cols), w (E, rows, cols), experts (tiles,) uint32: see tiles.py
+    x  (tiles, rows of a tile, cols), w (E, rows, cols), experts (tiles,) uint32: see tiles.py, `expand`
 
 attend(q_latent, q_pe, rows, scale) -> (B, H, L, R), like `attend_ops`
     q_latent  (B, H, L, R), q_pe (B, H, L, P)

@@ -6,7 +6,8 @@ import pytest
 
 from kernels.expand import SIMDGROUPS, expand, expand_ops
 from kernels.planes import QUANT_TYPES, bundled, dequantize_ops
-from parity_tests.kernel_cases import Expand, about, block, counting, expert_weight, random_weight, run
+from parity_tests.kernel_cases import Expand, about, block, counting, expert_weight, on_gpu, random_weight, run
+from parity_tests.msl.capture import KernelError
 
 AT_ONCE = 8 * 32 * SIMDGROUPS  # values of a threadgroup
 DTYPES = (mx.bfloat16, mx.float16)
@@ -55,6 +56,21 @@ def test_a_tile_has_the_values_of_its_expert(kind: str, experts: list[int]) -> N
         assert (got.shape, got.dtype) == ((len(experts), *w.shape[1:]), dtype)
         assert bool((got == expand_ops(w, dtype, ids)).all())
         assert bool((got == dequantize_ops(w[ids]).astype(dtype)).all())
+
+
+def test_a_tile_of_no_expert_is_left_as_it_is() -> None:
+    """The executor counts the bytes that were not written: those of three tiles, from the second on."""
+    w = random_weight("Q4_0", (3, 8, 64), 0)
+    ids, written = mx.array([1, 3, 2, 3, 3], mx.uint32), mx.array([0, 2])
+
+    def call() -> list[mx.array]:
+        return [expand(w, mx.bfloat16, ids)[written]]
+
+    if on_gpu():
+        assert bool((run(call)[0] == expand_ops(w, mx.bfloat16, ids[written])).all())
+    else:
+        with pytest.raises(KernelError, match="not written: 3072 of 5120 bytes of 'y', from byte 1024 on"):
+            run(call)
 
 
 def test_planes_that_stand_in_one_array_are_read_from_there() -> None:
