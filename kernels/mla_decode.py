@@ -61,7 +61,7 @@ LEAST = mx.finfo(mx.float32).min  # score of a row that is not seen; of infiniti
 
 
 def rope_ops(x: mx.array, wavelengths: mx.array, position: int | mx.array) -> mx.array:
-    """Rotate pairs (2i, 2i + 1) of (B, heads, L, P); `position` is that of the first row."""
+    """Rotate pairs (2i, 2i + 1) of (B, heads, L, P); `position` is that of the first row: an integer, (1,) or (B,)."""
     if x.dtype == mx.float32 and isinstance(position, int):
         # Without a kernel `mx.fast.rope` is 30 operations, among them sines and cosines in every layer anew.
         return (x.view(mx.complex64) * _turns(wavelengths, position, x.shape[2])).view(mx.float32)
