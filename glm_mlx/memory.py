@@ -219,8 +219,8 @@ def _wide_nbytes(cfg: Config, rows: RowFormat, chunk: int, context: int) -> int:
 
     Most at once are either products with the experts of a few tiles, expanded to 16 bits, beside the rows of all tiles
     before and after; or where a layer begins: the end of the layer before, keys and values in float16, queries, and a
-    turn of attention. An H200 had 1.19 GB for GLM-4.7-Flash's first 2,048 tokens, where this says 1.25; at depth, with
-    turns of twice the scores, 1.79.
+    turn of attention. An H200 had 1.19 GB for GLM-4.7-Flash's first 2,048 tokens, where this says 1.28. At depth it was
+    not measured since scores are masked in place.
     """
     tokens, heads, hidden, row = min(chunk, context), cfg.num_heads, cfg.hidden_size, cfg.cache_dim
     # Products with experts.

@@ -32,10 +32,10 @@ from kernels.rows import RowFormat
 
 LEAST_TOKENS = 64  # from which on expanding a weight is cheaper than its float32 matmul
 TILES = 32  # whose experts are expanded at once: 200 MB of GLM-4.7-Flash
-SCORES = 24 << 20  # values of 2 bytes
-ALIVE = 5  # turns whose memory is not yet free: two at work, the others by what an H200 had at its peak
+SCORES = 40 << 20  # values of 2 bytes
+ALIVE = 5  # turns whose memory may not be free yet: two at work, and three more would explain what an H200 had
 QUERIES = 512  # of each head and sequence, at once
-UNPACKED = 16_384  # rows of the cache that are in 8 bits, at once
+UNPACKED = 8192  # rows of the cache that are in 8 bits, at once
 ALIGNED = 32  # queries: as many at once as are a multiple of it, where there are so many
 _started: list[mx.array] = []  # what `start` has not waited for: one at most
 

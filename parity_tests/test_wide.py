@@ -219,4 +219,4 @@ def test_the_plan_has_less_than_a_gigabyte_and_a_half_of_scratch(
     monkeypatch.setattr(wide, "_on_cuda", lambda: True)
     monkeypatch.setattr(checkup, "activation_dtype", lambda: mx.bfloat16)
     scratch = checkup.glm_flash_memory(context, kv_bits).scratch
-    assert 5 * 2 * 32 * 1536 * 2048 < scratch <= 1.42e9
+    assert 5 * 2 * 32 * 1536 * 2048 < scratch <= 1.45e9
