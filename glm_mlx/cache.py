@@ -43,6 +43,16 @@ class LatentCache:
         self.offset = 0
         self._expected = 0
 
+    @property
+    def position(self) -> int | mx.array:
+        """Of the next token: the same for all sequences, or (B,) int32."""
+        return self.offset
+
+    def context(self, length: int) -> mx.array | None:
+        """How many of the rows that `update` returned, with `length` new ones, are each sequence's: (B,) int32, or None
+        for all."""
+        return None
+
     def expect(self, rows: int) -> None:
         """So many rows are going to be needed: the arrays grow to them at once, when they next grow."""
         self._expected = rows
@@ -102,6 +112,50 @@ class LatentCache:
     @property
     def nbytes(self) -> int:
         return sum(rows.nbytes for rows in self.rows if rows is not None)
+
+
+class BatchCache(LatentCache):
+    """`LatentCache` of sequences of different lengths: the first `offsets[b]` rows of sequence b are valid.
+
+    All grow by the same number of rows, of which `keep` then says how many are a sequence's own. The others were
+    padding on the right, which nobody sees, and over which the next rows are written. Until lengths differ the cache is
+    read and written as one; then new rows go to where each sequence ends. `offset` is the largest of `offsets`; `limit`
+    counts padding too.
+    """
+
+    def __init__(self, num_layers: int, row_format: RowFormat, sequences: int, limit: int | None = None):
+        super().__init__(num_layers, row_format, limit)
+        self.offsets = [0] * sequences
+
+    @property
+    def position(self) -> int | mx.array:
+        return self.offset if min(self.offsets) == self.offset else mx.array(self.offsets, mx.int32)
+
+    def context(self, length: int) -> mx.array | None:
+        position = self.position
+        return None if isinstance(position, int) else position + length
+
+    def update(self, layer: int, new: mx.array) -> mx.array:
+        position = self.position
+        if isinstance(position, int):
+            return super().update(layer, new)
+        batch, length, _ = new.shape
+        end = self.offset + length
+        rows = self._with_room(layer, batch, end)
+        rows[mx.arange(batch)[:, None], position[:, None] + mx.arange(length)] = self.format.store(new)
+        return rows[:, :end]
+
+    def advance(self, length: int) -> None:
+        super().advance(length)
+        self.offsets = [offset + length for offset in self.offsets]
+
+    def keep(self, offsets: Sequence[int]) -> None:
+        """Forget the rows of each sequence b from `offsets[b]` on."""
+        self.offsets = [min(pair) for pair in zip(self.offsets, offsets, strict=True)]
+        self.offset = max(self.offsets)
+
+    def trim(self, offset: int) -> None:
+        self.keep([offset] * len(self.offsets))
 
 
 @dataclass

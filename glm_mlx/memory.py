@@ -215,29 +215,35 @@ def _scratch_nbytes(cfg: Config, beside: int, dtype: mx.Dtype, rows: RowFormat, 
 
 
 def _wide_nbytes(cfg: Config, rows: RowFormat, chunk: int, context: int) -> int:
-    """The most that `kernels.wide` has alive, whose turns MLX is made to take: at most two at once.
+    """The most that `kernels.wide` has alive: results that later turns want, and all that the last `ALIVE` turns made.
 
-    Turns of attention, each with scores in float16 twice, and beside the first of them the end of the layer before;
-    or two products with the experts of a few tiles, expanded to 16 bits. With attention: the rows of a layer once more,
-    as they are changed, and as keys and values in float16; queries, results, and the matrices for both. With experts:
-    the rows of all tiles twice, before and after, or as parts and as one; the hidden values of a few; then what is
-    added up, for a while in float32. Rows in 8 bits become keys in a turn of their own.
+    Most at once are either products with the experts of a few tiles, expanded to 16 bits, beside the rows of all tiles
+    before and after; or where a layer begins: the end of the layer before, keys and values in float16, queries, and a
+    turn of attention. An H200 had 1.19 GB for GLM-4.7-Flash's first 2,048 tokens, where this says 1.28. At depth it was
+    not measured since scores are masked in place.
     """
-    tokens, heads, row, hidden = min(chunk, context), cfg.num_heads, cfg.cache_dim, cfg.hidden_size
-    turn = 2 * 2 * heads * min(tokens, wide.queries_at_once(heads, context)) * context
-    matrices = 2 * 2 * hidden * heads * cfg.v_head_dim  # o_proj, and about as much again
-    keys, values = rows.nbytes + 2 * row, 2 * cfg.kv_lora_rank
-    attention = (keys + values) * context + 2 * tokens * heads * 5 * row + matrices
-    chosen, width = tokens * cfg.num_experts_per_tok, cfg.moe_intermediate_size
+    tokens, heads, hidden, row = min(chunk, context), cfg.num_heads, cfg.hidden_size, cfg.cache_dim
+    # Products with experts.
+    width, chosen = cfg.moe_intermediate_size, tokens * cfg.num_experts_per_tok
     tiles, tile_rows = tiles_shape(chosen, cfg.num_experts)
     at_once = min(tiles, wide.TILES)
-    few = 2 * at_once * width * hidden
-    hidden_values = 2 * 5 * at_once * tile_rows * width
-    experts = 2 * hidden * (2 * tiles * tile_rows + 5 * chosen)
+    product = 2 * at_once * (width * hidden + tile_rows * max(width, hidden))
+    all_tiles, hidden_values = 2 * tiles * tile_rows * hidden, 2 * 2 * at_once * tile_rows * width
+    experts = wide.ALIVE * product + 2 * all_tiles + hidden_values
+    # The end of a layer: what experts made, together, then of each token, then added up in float32; or a dense layer.
+    added = 2 * hidden * (3 * chosen + 10 * tokens)
+    shared = 2 * cfg.num_shared_experts * width * (3 * hidden + 3 * tokens)
     dense = 2 * cfg.intermediate_size * (3 * hidden + 5 * tokens)
-    before = max(experts, dense)
-    loading = (keys + 2 * values) * context + before if rows.is_packed else 0
-    return max(attention + turn + max(turn, before), loading, 2 * few + hidden_values + experts)
+    heads_merged = 2 * tokens * heads * (cfg.kv_lora_rank + 3 * cfg.v_head_dim)
+    end = max(product + 3 * all_tiles + added + shared, dense + heads_merged)
+    # Attention. Rows in 8 bits become keys in three steps.
+    cached = 2 * (row + cfg.kv_lora_rank) * context  # keys and values
+    if rows.is_packed:
+        cached += 3 * 2 * row * min(context, wide.UNPACKED)
+    queries = 2 * tokens * heads * (3 * cfg.qk_head_dim + 2 * cfg.kv_lora_rank)
+    some = heads * min(tokens, wide.QUERIES)
+    turn = 2 * heads * min(tokens, wide.queries_at_once(heads, context)) * context + 8 * some * row
+    return max(experts, cached + queries + max(wide.ALIVE * turn, end + turn)) + 8 * tokens * hidden
 
 
 def machine_memory() -> tuple[int, str]:

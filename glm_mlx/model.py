@@ -18,7 +18,7 @@ from typing import TypeAlias
 
 import mlx.core as mx
 
-from glm_mlx.cache import KvBits, LatentCache, TracedCache, row_format
+from glm_mlx.cache import BatchCache, KvBits, LatentCache, TracedCache, row_format
 from glm_mlx.config import Config
 from kernels import wide
 from kernels.embed import embed
@@ -147,10 +147,11 @@ class Attention:
         cfg = self.cfg
         if cache.format.is_packed:
             kv_a = kv_a.astype(mx.float32)  # rounded once, to 8 bits
-        latent, k_pe = latent_rows_ops(kv_a, self.kv_a_layernorm, self.wavelengths, cache.offset)
+        position = cache.position
+        latent, k_pe = latent_rows_ops(kv_a, self.kv_a_layernorm, self.wavelengths, position)
         heads = q.reshape(*q.shape[:2], cfg.num_heads, cfg.qk_head_dim).swapaxes(1, 2)
         q_nope, q_pe = mx.split(heads, [cfg.qk_nope_head_dim], axis=-1)  # (B, H, L, N), (B, H, L, P)
-        q_pe = rope_ops(q_pe, self.wavelengths, cache.offset)
+        q_pe = rope_ops(q_pe, self.wavelengths, position)
         tap("q", mx.concatenate([q_nope, q_pe], axis=-1).swapaxes(1, 2))
         tap("latent", latent)
         tap("k_pe", k_pe)
@@ -158,7 +159,7 @@ class Attention:
         # row is key and value of every head.
         q_latent = absorb(q, self.k_b)
         rows = cache.update(self.layer, mx.concatenate([latent, k_pe], axis=-1))  # (B, S, row's width)
-        return attend_ops(q_latent, q_pe, rows, cfg.softmax_scale)
+        return attend_ops(q_latent, q_pe, rows, cfg.softmax_scale, cache.context(q.shape[1]))
 
 
 class MLP:
@@ -230,7 +231,8 @@ class Block:
 
 
 class Model:
-    """`model.logits(model.hidden_states(tokens, cache))`, with tokens (B, L) and `cache` from `new_cache`.
+    """`model.logits(model.hidden_states(tokens, cache))`, with tokens (B, L) and `cache` from `new_cache`, or from
+    `new_batch_cache` for sequences of different lengths.
 
     On a GPU the weights of each launch move into one array, and `weights` then holds views of it.
     """
@@ -245,6 +247,9 @@ class Model:
 
     def new_cache(self) -> LatentCache:
         return LatentCache(self.cfg.num_layers, self.row_format)
+
+    def new_batch_cache(self, sequences: int) -> BatchCache:
+        return BatchCache(self.cfg.num_layers, self.row_format, sequences)
 
     def embed(self, tokens: mx.array) -> mx.array:
         """(B, L) -> (B, L, D)"""

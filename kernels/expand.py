@@ -3,7 +3,8 @@
 expand(w, dtype, experts) -> y, and the same with `_ops`
     w        (..., rows, cols)  `Weight`
     dtype    bfloat16 or float16
-    experts  (tiles,)           uint32, indices of w (E, rows, cols), each below E; or None: all of w
+    experts  (tiles,)           uint32, indices of w (E, rows, cols), of E or more where a tile may hold anything; or
+                                None: all of w
     y        (..., rows, cols)  dtype; each value is rounded once. (tiles, rows, cols) with experts
 
 The kernel reads the planes once, or once for each tile, at the file's own bits, and writes 16 bytes a thread. It is
@@ -23,7 +24,7 @@ SIMDGROUPS = 8  # of a threadgroup
 
 def expand_ops(w: Weight, dtype: mx.Dtype, experts: mx.array | None = None) -> mx.array:
     if experts is not None:
-        return expand_ops(w[experts], dtype)
+        return expand_ops(w[mx.minimum(experts, w.shape[0] - 1)], dtype)
     if isinstance(w, mx.array):
         return w.astype(dtype)
     if not is_affine(w):
@@ -71,4 +72,5 @@ def _launch(
         threadgroups=(-(-count // (launcher.LANES * SIMDGROUPS)), 1, 1),
         simdgroups=SIMDGROUPS,
     )
-    return launch, mx.array([count, each], mx.uint32), mx.zeros(1, mx.uint32)
+    chunks = [count, each, 1 if tiles is None else shape[0]]
+    return launch, mx.array(chunks, mx.uint32), mx.zeros(1, mx.uint32)

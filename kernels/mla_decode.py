@@ -69,7 +69,7 @@ LEAST = mx.finfo(mx.float32).min  # score of a row that is not seen; of infiniti
 
 
 def rope_ops(x: mx.array, wavelengths: mx.array, position: int | mx.array) -> mx.array:
-    """Rotate pairs (2i, 2i + 1) of (B, heads, L, P); `position` is that of the first row."""
+    """Rotate pairs (2i, 2i + 1) of (B, heads, L, P); `position` is that of the first row: an integer, (1,) or (B,)."""
     if x.dtype == mx.float32 and isinstance(position, int):
         # Without a kernel `mx.fast.rope` is 30 operations, among them sines and cosines in every layer anew.
         return (x.view(mx.complex64) * _turns(wavelengths, position, x.shape[2])).view(mx.float32)
@@ -321,7 +321,7 @@ class _Attention:
             inputs=["q_latent", "q", "kv_a", "norm_weight", "wavelengths", "cache", "position"],
             writes=["cache"],
             weights={},
-            # Of each split its sums, its largest score, and its sum of exponentials, and two zeros, which align the next.
+            # Of each split its sums, largest score and sum of exponentials, and two zeros, which align the next.
             outputs={"partial": ((self.heads, self.length, splits, self.latent_dim + 4), mx.float32)},
             template={
                 "T": self.dtype,

@@ -83,7 +83,7 @@ def in_tiles(x: mx.array, experts: mx.array, gate: Weight, up: Weight, down: Wei
         hidden = swiglu_ops(wide.by_tile(rows[some], gate, of_tile), wide.by_tile(rows[some], up, of_tile))
         parts.append(wide.by_tile(hidden, down, of_tile))
     routed = parts[0] if len(parts) == 1 else mx.concatenate(parts)
-    return routed.reshape(-1, routed.shape[-1])[tiles.places]
+    return wide.start(routed.reshape(-1, routed.shape[-1])[tiles.places])
 
 
 def by_expert(x: mx.array, w: Weight, experts: mx.array) -> mx.array:

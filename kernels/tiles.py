@@ -5,7 +5,8 @@ tiles_of(experts, num_experts) -> Tiles
 
 So that products by expert are batched matmuls. An expert that c choices fall on has the next ceil(c / rows) tiles. How
 many tiles there are is the most that so many choices can need: the host never waits to learn what was chosen. Rows that
-no choice fills, and the tiles past the last, hold some token's values, and nobody reads their results.
+no choice fills, and the tiles past the last, hold some token's values, and nobody reads their results. The tiles past
+the last have no expert.
 """
 
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ MOST_ROWS = 128
 
 @dataclass(frozen=True)
 class Tiles:
-    experts: mx.array  # (tiles,) uint32: whose weights
+    experts: mx.array  # (tiles,) uint32: whose weights; past the last num_experts, whose weights need not be expanded
     tokens: mx.array  # (tiles, rows) uint32: whose values each row holds
     places: mx.array  # (T, K) uint32: the row that holds each choice, counted over all tiles
 
@@ -43,8 +44,7 @@ def tiles_of(experts: mx.array, num_experts: int) -> Tiles:
     ends = mx.cumsum(own)
     # How far the choices of an expert are moved from where they stand when sorted; never back.
     shifts = (ends - own) * rows - (mx.cumsum(counts) - counts)
-    past = (ends <= mx.arange(tiles, dtype=mx.uint32)[:, None]).sum(axis=1).astype(mx.uint32)
-    of_tile = mx.minimum(past, num_experts - 1)
+    of_tile = (ends <= mx.arange(tiles, dtype=mx.uint32)[:, None]).sum(axis=1).astype(mx.uint32)
     places = mx.arange(tiles * rows, dtype=mx.uint32).reshape(tiles, rows)
-    at = mx.minimum(places - shifts[of_tile][:, None], chosen.size - 1)
+    at = mx.minimum(places - shifts[mx.minimum(of_tile, num_experts - 1)][:, None], chosen.size - 1)
     return Tiles(of_tile, order[at] // experts.shape[-1], (mx.argsort(order) + shifts[chosen]).reshape(experts.shape))

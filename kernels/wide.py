@@ -5,7 +5,7 @@ matmul(x, w) -> (..., L, rows), like `qmv_ops`
     w  (..., rows, cols)  a `Weight`, the leading dimensions those of x; its values are rounded once, to the dtype of x
 
 by_tile(x, w, experts) -> (tiles, rows of a tile, rows)
-    x  (tiles, rows of a tile, cols), w (E, rows, cols), experts (tiles,) uint32: see tiles.py
+    x  (tiles, rows of a tile, cols), w (E, rows, cols), experts (tiles,) uint32: see tiles.py, `expand`
 
 attend(q_latent, q_pe, rows, scale) -> (B, H, L, R), like `attend_ops`
     q_latent  (B, H, L, R), q_pe (B, H, L, P)
@@ -20,7 +20,8 @@ Queries, keys, scores and probabilities are float16: three bits more than bfloat
 
 MLX allocates when it hands work over, and frees when the GPU has done it: a host that runs ahead would have the
 expanded experts of many layers in memory. So each product with `TILES` experts, each turn of attention and each layer
-is `start`ed.
+is `start`ed. What a turn made and nobody wants is freed when all of it is done, by another thread of MLX's, which is
+late: so turns are kept small.
 """
 
 import mlx.core as mx
@@ -31,8 +32,10 @@ from kernels.rows import RowFormat
 
 LEAST_TOKENS = 64  # from which on expanding a weight is cheaper than its float32 matmul
 TILES = 32  # whose experts are expanded at once: 200 MB of GLM-4.7-Flash
-SCORES = 48 << 20  # values of 2 bytes, of which two copies may live at once
+SCORES = 40 << 20  # values of 2 bytes
+ALIVE = 5  # turns whose memory may not be free yet: two at work, and three more would explain what an H200 had
 QUERIES = 512  # of each head and sequence, at once
+UNPACKED = 8192  # rows of the cache that are in 8 bits, at once
 ALIGNED = 32  # queries: as many at once as are a multiple of it, where there are so many
 _started: list[mx.array] = []  # what `start` has not waited for: one at most
 
@@ -48,11 +51,11 @@ def _on_cuda() -> bool:
 
 
 def matmul(x: mx.array, w: Weight) -> mx.array:
-    return x @ expand(w, x.dtype).swapaxes(-1, -2)
+    return mx.matmul(x, expand(w, x.dtype).swapaxes(-1, -2))
 
 
 def by_tile(x: mx.array, w: Weight, experts: mx.array) -> mx.array:
-    return start(x @ expand(w, x.dtype, experts).swapaxes(-1, -2))
+    return start(mx.matmul(x, expand(w, x.dtype, experts).swapaxes(-1, -2)))
 
 
 def start(result: mx.array) -> mx.array:
@@ -67,25 +70,49 @@ def start(result: mx.array) -> mx.array:
 def attend(q_latent: mx.array, q_pe: mx.array, rows: mx.array, scale: float) -> mx.array:
     batch, heads, length, latent_dim = q_latent.shape
     row_format = RowFormat(latent_dim, q_pe.shape[-1], rows.dtype)
-    keys = row_format.load(rows, mx.float16)
-    if row_format.is_packed:
-        start(keys)
-    values = mx.contiguous(keys[..., :latent_dim])
+    keys = _unpacked(rows, row_format) if row_format.is_packed else rows.astype(mx.float16)
+    values = start(mx.contiguous(keys[..., :latent_dim]))
     at_once = queries_at_once(batch * heads, rows.shape[1])
+    own = mx.arange(at_once) <= mx.arange(at_once)[:, None]  # among the rows of these queries, those that are seen
     parts: list[mx.array] = []
-    for begin in range(0, length, at_once):
-        end = min(begin + at_once, length)
-        count, seen = end - begin, rows.shape[1] - length + end  # seen: by the last of these queries
-        q = mx.concatenate([q_latent[:, :, begin:end], q_pe[:, :, begin:end]], axis=-1)
+    for first in range(0, length, QUERIES):
+        some = slice(first, first + QUERIES)
+        q = mx.concatenate([q_latent[:, :, some], q_pe[:, :, some]], axis=-1)
         q = (q.astype(mx.float32) * scale).astype(mx.float16)
-        # All heads share the cache, so they are rows of one matmul.
-        scores = q.reshape(batch, heads * count, -1) @ keys[:, :seen].swapaxes(-1, -2)
-        visible = mx.arange(seen) <= seen - count + mx.arange(count)[:, None]
-        scores = mx.where(visible, scores.reshape(batch, heads, count, seen), mx.array(-mx.inf, mx.float16))
-        probabilities = mx.softmax(scores, axis=-1, precise=True).reshape(batch, heads * count, seen)
-        out = (probabilities @ values[:, :seen]).reshape(batch, heads, count, latent_dim)
-        parts.append(start(out.astype(q_latent.dtype)))
+        for begin in range(0, q.shape[2], at_once):
+            # All heads share the cache, so they are rows of one matmul.
+            q_part = q[:, :, begin : begin + at_once]
+            count = q_part.shape[2]
+            seen = rows.shape[1] - length + first + begin + count  # by the last of these queries
+            q_rows = q_part.reshape(batch, heads * count, -1)
+            scores = _scores(q_rows, keys[:, :seen], heads)
+            # Only rows of these queries can be unseen. Their scores are computed once more: what else reads those of
+            # all rows would keep MLX from changing them in place.
+            masked = _scores(q_rows, keys[:, seen - count : seen], heads)
+            scores[..., seen - count :] = mx.where(own[:count, :count], masked, mx.array(-mx.inf, mx.float16))
+            probabilities = mx.softmax(scores, axis=-1, precise=True).reshape(batch, heads * count, seen)
+            del scores  # the array of both
+            out = mx.matmul(probabilities, values[:, :seen]).reshape(batch, heads, count, latent_dim)
+            parts.append(start(out.astype(q_latent.dtype)))
     return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)
+
+
+def _unpacked(rows: mx.array, row_format: RowFormat) -> mx.array:
+    """(B, S, R + P) float16. A few rows at a time where they are many: three times as much stands on the way there."""
+    count = rows.shape[1]
+    if count <= UNPACKED:
+        return start(row_format.load(rows, mx.float16))
+    keys = mx.zeros((rows.shape[0], count, row_format.values), mx.float16)
+    for begin in range(0, count, UNPACKED):
+        some = slice(begin, begin + UNPACKED)
+        keys[:, some] = row_format.load(rows[:, some], mx.float16)  # in place: nobody else holds the array
+        start(keys)
+    return keys
+
+
+def _scores(q: mx.array, keys: mx.array, heads: int) -> mx.array:
+    """q (B, H * L, R + P), keys (B, S, R + P) -> (B, H, L, S)"""
+    return mx.unflatten(mx.matmul(q, keys.swapaxes(-1, -2)), 1, (heads, -1))
 
 
 def queries_at_once(heads: int, rows: int) -> int:

@@ -1,7 +1,7 @@
 """Shared files, and the table of worst errors at the end of a run."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -33,6 +33,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture(autouse=True, scope="session")
 def _device(pytestconfig: pytest.Config) -> None:
     mx.set_default_device(mx.gpu if pytestconfig.getoption("--device") == "gpu" else mx.cpu)
+
+
+@pytest.fixture
+def on_cpu() -> Iterator[None]:
+    """For what only MLX's operations on a CPU do: float32 where kernels write 16 bits, memory to the byte."""
+    before = mx.default_device()
+    mx.set_default_device(mx.cpu)
+    yield
+    mx.set_default_device(before)
 
 
 @pytest.fixture(scope="session")

@@ -127,7 +127,7 @@ def test_a_model_on_a_gpu_moves_what_each_launch_reads_into_one_array(
     model_file: MakeModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The arrays that were loaded are let go, and the model computes the same."""
-    loaded = load_model(model_file(TinySpec()))
+    loaded = load_model(model_file(TinySpec()), mx.float32)
     weights, ids = dict(loaded.weights), mx.array([[5, 6, 7]])
     with monkeypatch.context() as patch:
         patch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))

@@ -6,7 +6,8 @@ import pytest
 
 from kernels.expand import SIMDGROUPS, expand, expand_ops
 from kernels.planes import QUANT_TYPES, bundled, dequantize_ops
-from parity_tests.kernel_cases import Expand, about, block, counting, expert_weight, random_weight, run
+from parity_tests.kernel_cases import Expand, about, block, counting, expert_weight, on_gpu, random_weight, run
+from parity_tests.msl.capture import KernelError
 
 AT_ONCE = 8 * 32 * SIMDGROUPS  # values of a threadgroup
 DTYPES = (mx.bfloat16, mx.float16)
@@ -57,6 +58,21 @@ def test_a_tile_has_the_values_of_its_expert(kind: str, experts: list[int]) -> N
         assert bool((got == dequantize_ops(w[ids]).astype(dtype)).all())
 
 
+def test_a_tile_of_no_expert_is_left_as_it_is() -> None:
+    """The executor counts the bytes that were not written: those of three tiles, from the second on."""
+    w = random_weight("Q4_0", (3, 8, 64), 0)
+    ids, written = mx.array([1, 3, 2, 3, 3], mx.uint32), mx.array([0, 2])
+
+    def call() -> list[mx.array]:
+        return [expand(w, mx.bfloat16, ids)[written]]
+
+    if on_gpu():
+        assert bool((run(call)[0] == expand_ops(w, mx.bfloat16, ids[written])).all())
+    else:
+        with pytest.raises(KernelError, match="not written: 3072 of 5120 bytes of 'y', from byte 1024 on"):
+            run(call)
+
+
 def test_planes_that_stand_in_one_array_are_read_from_there() -> None:
     case = Expand("Q4_K", (9, 256))
     other = random_weight("Q4_K", (24, 256), 1)
@@ -77,4 +93,6 @@ def test_all_shapes_of_a_type_share_what_is_compiled() -> None:
             )
     assert len({str(launch.template) for launch in launches}) == 1
     assert len({str(sorted(launch.defines)) for launch in launches}) == 1
-    assert [launch.weights["W"] for launch in launches] == [("Q4_0", (256,))] * 5
+    # On a GPU each is launched more often.
+    assert len(launches) >= 5
+    assert {launch.weights["W"] for launch in launches} == {("Q4_0", (256,))}

@@ -136,14 +136,14 @@ def rope(traditional: bool = True, shift: int = 0, only_keys: bool = False) -> P
 
 def attend(change: Callable[..., tuple[Any, ...]]) -> Plant:
     """Call the attention op with changed arguments (q_latent, q_pe, cache, scale)."""
-    return instead(glm_mlx.model, "attend_ops", lambda op: lambda *args: op(*change(*args)))
+    return instead(glm_mlx.model, "attend_ops", lambda op: lambda *args: op(*change(*args[:4]), *args[4:]))
 
 
 def seeing_one_later_row(op: Callable[..., mx.array]) -> Callable[..., mx.array]:
     """Attention as if the last query were not there, for which every other one sees a row more."""
 
-    def attend(q_latent: mx.array, q_pe: mx.array, cache: mx.array, scale: float) -> mx.array:
-        parts = [op(q_latent[:, :, at], q_pe[:, :, at], cache, scale) for at in (slice(0, -1), slice(-1, None))]
+    def attend(q_latent: mx.array, q_pe: mx.array, *rest: object) -> mx.array:
+        parts = [op(q_latent[:, :, at], q_pe[:, :, at], *rest) for at in (slice(0, -1), slice(-1, None))]
         return mx.concatenate(parts, axis=2)
 
     return attend
