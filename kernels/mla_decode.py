@@ -52,10 +52,12 @@ ROWS_AT_ONCE = 2  # rows that a lane loads in one go
 # Rows that are worth a threadgroup of their own, and splits: for 20 heads 260 threadgroups, which an H200 has room for.
 ROWS_OF_SPLIT, MAX_SPLITS = 32, 52
 MERGE_ROWS, MERGE_SIMDGROUPS = 4, 8  # rows of v_b of a simdgroup, simdgroups of a threadgroup
-# In long contexts, where products of matrices take over: rows of the cache from which on, heads of a threadgroup,
-# threadgroups for all heads (an H200 has room for 132), turns that rows are asked for ahead, simdgroups.
-MATRIX_ROWS = 1024
-MATRIX_HEADS, MATRIX_THREADGROUPS, MATRIX_AHEAD = 16, 132, 2
+# In long contexts, where products of matrices take over: rows of the cache from which on; heads of a threadgroup and turns
+# that rows are asked for ahead, with less room than MANY_ROWS and with more; threadgroups for all heads, which an H200
+# has room for; simdgroups of each.
+MATRIX_ROWS, MANY_ROWS = 2048, 16384
+MATRIX_SHAPES = ((8, 2), (24, 1))
+MATRIX_THREADGROUPS = 132
 MATRIX_SIMDGROUPS = 8
 MAX_LATENT = 2048  # a lane holds whole rows of v_b
 MAX_PACKED = 512  # the same of rows in 8 bits: 16 values a lane, under one scale
@@ -390,7 +392,7 @@ def _vectors(back_end: launcher.BackEnd, a: _Attention) -> tuple[launcher.Launch
 def _takes_matrices(a: _Attention) -> bool:
     """Whether `mla_matrix` reads such rows, and there may be enough of them that it is faster."""
     whole = a.latent_dim % (8 * MATRIX_SIMDGROUPS) == 0 and a.rope_dim % 8 == 0
-    fits = 4 * _matrix_shared(a, MATRIX_HEADS) <= launcher.MAX_THREADGROUP_BYTES
+    fits = 4 * _matrix_shared(a, max(heads for heads, _ in MATRIX_SHAPES)) <= launcher.MAX_THREADGROUP_BYTES
     return whole and fits and a.room >= MATRIX_ROWS and a.stored == a.dtype != mx.float32
 
 
@@ -403,13 +405,14 @@ def _matrix_shared(a: _Attention, heads_at_once: int) -> int:
 
 def _matrices(back_end: launcher.BackEnd, a: _Attention) -> tuple[launcher.Launch, int, int, int]:
     """As `_vectors`."""
+    heads, ahead = MATRIX_SHAPES[a.room >= MANY_ROWS]
     heads_at_once, threadgroups, turns_ahead, *merge = launch_shape(
         "mla_decode",
         a.what,
         a.length,
-        MATRIX_HEADS=MATRIX_HEADS,
+        MATRIX_HEADS=heads,
         MATRIX_THREADGROUPS=MATRIX_THREADGROUPS,
-        MATRIX_AHEAD=MATRIX_AHEAD,
+        MATRIX_AHEAD=ahead,
         MERGE_ROWS=MERGE_ROWS,
         MERGE_SIMDGROUPS=MERGE_SIMDGROUPS,
     )

@@ -161,11 +161,11 @@ SHAPES: list[tuple[Case, dict[str, int]]] = [
         {"HEADS_AT_ONCE": 1, "SIMDGROUPS": 1, "ROWS_AT_ONCE": 2, "ROWS_OF_SPLIT": 8, "MERGE_ROWS": 5},
     ),
     (
-        Mla(20, 300, 128, 32, dtype=mx.bfloat16, room=1024),
+        Mla(20, 300, 128, 32, dtype=mx.bfloat16, room=2048),
         {"MATRIX_HEADS": 8, "MATRIX_THREADGROUPS": 50, "MERGE_ROWS": 5},
     ),
     (
-        Mla(20, 300, 64, 16, tokens=2, dtype=mx.float16, room=1024),
+        Mla(20, 300, 64, 16, tokens=2, dtype=mx.float16, room=2048),
         {"MATRIX_HEADS": 24, "MATRIX_THREADGROUPS": 9, "MATRIX_AHEAD": 1},
     ),
     (

@@ -10,8 +10,9 @@ import pytest
 from kernels import launcher
 from kernels.mla_decode import (
     HEADS_AT_ONCE,
-    MATRIX_HEADS,
+    MANY_ROWS,
     MATRIX_ROWS,
+    MATRIX_SHAPES,
     MATRIX_THREADGROUPS,
     MAX_LATENT,
     MAX_SPLITS,
@@ -61,13 +62,13 @@ REAL = [
 ]
 # In caches with room for many rows, by matrices: contexts on both sides of eight rows, of a turn and of a split, with
 # new rows that begin a whole eight and that do not, and heads on both sides of a matrix and of a threadgroup.
-EDGES = (8, 32, 40, 8 * MATRIX_THREADGROUPS // 2, 32 * MATRIX_THREADGROUPS // 2 + 8)
+EDGES = (8, 32, 40, 8 * (MATRIX_THREADGROUPS // 3 - 1), 32 * (MATRIX_THREADGROUPS // 3 - 1) + 8)
 MATRIX_WIDTHS = ((64, 8), (128, 32), (512, 64), (192, 72))
 MATRIX = [
     Mla((1, 8, 9, 16, 17, 20)[i % 6], context, *MATRIX_WIDTHS[i % 4], tokens=min(context, 1 + (3 * i) % 8),
-        room=MATRIX_ROWS, dtype=DTYPES[1 + i % 2])
+        room=(MATRIX_ROWS, MANY_ROWS)[i % 3 == 1], dtype=DTYPES[1 + i % 2])
     for i, context in enumerate(sorted({1, 2, 7} | {edge + d for edge in EDGES for d in (-1, 0, 1, 5)}))
-] + [Mla(MATRIX_HEADS + 8, 45, 64, 16, dtype=mx.float16, room=MATRIX_ROWS, tokens=8, before=24)]  # fmt: skip
+] + [Mla(MATRIX_SHAPES[0][0] + 8, 45, 64, 16, dtype=mx.float16, room=MATRIX_ROWS, tokens=8, before=24)]  # fmt: skip
 
 
 @pytest.mark.parametrize("case", [*CASES, *MOSTLY_EMPTY, *V_B, *MATRIX], ids=str)
