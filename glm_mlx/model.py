@@ -30,6 +30,7 @@ from kernels.prefill import moe_prefill, takes
 from kernels.qmv import Norm, absorb, merge_heads, norm_qmv, qmv, qmv_all, qmv_beside
 from kernels.route import Router, experts_of, weights_of
 from kernels.rows import RowFormat
+from kernels.small_experts import small_experts
 
 Cache: TypeAlias = LatentCache | TracedCache
 Tap = Callable[[str, mx.array], None]  # sees named intermediate values; the parity tests' way in
@@ -191,6 +192,9 @@ class MoE:
         self.shared_gate, self.shared_up, self.shared_down = (
             weights.get(f"shared_experts.{n}_proj") for n in ("gate", "up", "down")
         )
+        self.small = small_experts(
+            self.gate_proj, self.up_proj, self.down_proj, self.shared_gate, self.shared_up, self.shared_down
+        )
 
     def __call__(self, x: mx.array, tap: Tap = no_tap) -> mx.array:
         # float32: the biases of e_score_correction_bias differ by less than half precision resolves.
@@ -201,6 +205,8 @@ class MoE:
             out, choice = moe_prefill(
                 normed, router_logits, self.router, gate, up, down, shared_gate, shared_up, shared_down, x
             )
+        elif self.small is not None and self.small.applies:
+            out, choice = self.small(normed, router_logits, self.router, x)
         else:
             hidden, choice = experts_gate_up(normed, router_logits, self.router, gate, up, shared_gate, shared_up)
             out = experts_down(hidden, choice, down, shared_down, x)
