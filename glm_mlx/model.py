@@ -30,7 +30,7 @@ from kernels.prefill import moe_prefill, takes
 from kernels.qmv import Norm, absorb, merge_heads, norm_qmv, qmv, qmv_all, qmv_beside
 from kernels.route import Router, experts_of, weights_of
 from kernels.rows import RowFormat
-from kernels.small_experts import small_experts
+from kernels.small_experts import small_experts, small_moe
 
 Cache: TypeAlias = LatentCache | TracedCache
 Tap = Callable[[str, mx.array], None]  # sees named intermediate values; the parity tests' way in
@@ -205,8 +205,8 @@ class MoE:
             out, choice = moe_prefill(
                 normed, router_logits, self.router, gate, up, down, shared_gate, shared_up, shared_down, x
             )
-        elif self.small is not None and self.small.applies:
-            out, choice = self.small(normed, router_logits, self.router, x)
+        elif self.small is not None and self.small.apply:
+            out, choice = small_moe(normed, router_logits, self.router, self.small, x)
         else:
             hidden, choice = experts_gate_up(normed, router_logits, self.router, gate, up, shared_gate, shared_up)
             out = experts_down(hidden, choice, down, shared_down, x)

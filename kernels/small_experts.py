@@ -3,9 +3,10 @@
 small_experts(gate, up, down, shared_gate, shared_up, shared_down) -> `SmallExperts`, or None where it does not apply:
     `Weight`s as for `experts_gate_up` and `experts_down`; those of one half must be of one type
 
-SmallExperts(x, router_logits, router, residual) -> (y, choice)
+small_moe(x, router_logits, router, small, residual) -> (y, choice)
     x              (T, D)      float32, bfloat16 or float16; T may be several dimensions, here and below
     router_logits  (T, E)      float32
+    small          `SmallExperts`
     residual       (T, D)      added to the result
     y              (T, D)      dtype of x; computed in float32
     choice         (T, 2, K)   uint32, as from `experts_gate_up`
@@ -44,27 +45,29 @@ class Bank:
 
 @dataclass(frozen=True)
 class SmallExperts:
+    weights: tuple[Weight, ...]  # of which the others were made
     gate_up: Bank  # of the experts, then of the shared ones: (E + shared, 2 F, D)
     down: Bank  # (E + shared, D, F)
     shared: mx.array  # (shared,) uint32, their places
     ones: mx.array  # (shared,) float32, their weights
 
-    def __call__(
-        self, x: mx.array, router_logits: mx.array, router: Router, residual: mx.array
-    ) -> tuple[mx.array, mx.array]:
-        experts, weights = router(router_logits)
-        ids, factors = _beside(experts, self.shared), _beside(weights, self.ones)
-        ids = ids.reshape(-1, ids.shape[-1])
-        tokens, cols = ids.shape[0], x.shape[-1]
-        gate, up = mx.split(self.gate_up(x.astype(mx.float32).reshape(tokens, 1, 1, cols), ids), 2, axis=-1)
-        routed = self.down(swiglu_ops(gate, up), ids)
-        y = factors.reshape(tokens, 1, -1) @ routed.reshape(tokens, -1, cols)
-        return (y.reshape(x.shape) + residual.astype(mx.float32)).astype(x.dtype), choice_of(experts, weights)
-
     @property
-    def applies(self) -> bool:
-        """Not where a launch is recorded."""
+    def apply(self) -> bool:
+        """Not where launches are recorded."""
         return launcher.back_end("experts_gate_up") is None
+
+
+def small_moe(
+    x: mx.array, router_logits: mx.array, router: Router, small: SmallExperts, residual: mx.array
+) -> tuple[mx.array, mx.array]:
+    experts, weights = router(router_logits)
+    ids, factors = _beside(experts, small.shared), _beside(weights, small.ones)
+    ids = ids.reshape(-1, ids.shape[-1])
+    tokens, cols = ids.shape[0], x.shape[-1]
+    gate, up = mx.split(small.gate_up(x.astype(mx.float32).reshape(tokens, 1, 1, cols), ids), 2, axis=-1)
+    routed = small.down(swiglu_ops(gate, up), ids)
+    y = factors.reshape(tokens, 1, -1) @ routed.reshape(tokens, -1, cols)
+    return (y.reshape(x.shape) + residual.astype(mx.float32)).astype(x.dtype), choice_of(experts, weights)
 
 
 def _beside(of_tokens: mx.array, constant: mx.array) -> mx.array:
@@ -86,7 +89,8 @@ def small_experts(
     places = mx.arange(gate.shape[0], gate_up.planes[0].shape[0], dtype=mx.uint32)
     ones = mx.ones(places.shape)
     mx.eval(gate_up.planes, downs.planes, places, ones)
-    return SmallExperts(gate_up, downs, places, ones)
+    weights = tuple(w for w in (gate, up, down, shared_gate, shared_up, shared_down) if w is not None)
+    return SmallExperts(weights, gate_up, downs, places, ones)
 
 
 def _bank(routed: Sequence[Weight], shared: Sequence[Weight | None], axis: int) -> Bank | None:

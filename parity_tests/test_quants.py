@@ -17,7 +17,7 @@ from kernels.experts_gate_up import experts_gate_up_ops
 from kernels.planes import IQ4_NL_VALUES, QUANT_TYPES, QuantizedTensor, Weight, dequantize_ops, unpack_quants
 from kernels.qmv import SMALL, gather_qmv_ops, head_qmv_ops, qmv_ops, with_affine, with_values
 from kernels.route import Router
-from kernels.small_experts import small_experts
+from kernels.small_experts import small_experts, small_moe
 from parity_tests.budgets import check
 from parity_tests.compare import Array, to_numpy
 
@@ -182,7 +182,7 @@ def test_small_experts_are_what_both_halves_are(kind: str, shared: int, dtype: m
     logits, router = logits.astype(mx.float32), Router(None, 3, "sigmoid", True, 1.8)
     small = small_experts(gate, up, down, shared_gate, shared_up, shared_down)
     assert small is not None
-    got, choice = small(x, logits, router, residual)
+    got, choice = small_moe(x, logits, router, small, residual)
     hidden, want_choice = experts_gate_up_ops(x, logits, router, gate, up, shared_gate, shared_up)
     want = experts_down_ops(hidden, want_choice, down, shared_down, residual)
     assert mx.array_equal(choice, want_choice)
