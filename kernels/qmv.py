@@ -326,13 +326,14 @@ def gather_qmv_ops(x: mx.array, w: Weight, experts: mx.array, sorted_indices: bo
 def _affine_terms(x: mx.array, w: QuantizedTensor) -> list[tuple[mx.array, mx.array, mx.array]]:
     """(x, scales, biases) of MLX affine matmuls with groups of 32 whose sum is exactly x @ w.T.
 
-    All row-contiguous: MLX's CUDA back end has no implementation for anything else.
+    All row-contiguous where they are derived: MLX's CUDA back end has no implementation for anything else. They are
+    kept on CPUs only.
 
     Q6_K's groups of 16 fit none of MLX's sizes: one matmul sees the first half of every 32 inputs, one the second.
     """
     affine = w.affine or _affine(w)
     if len(affine) == 1:
-        return [(mx.contiguous(x), *affine[0])]
+        return [(x if w.affine else mx.contiguous(x), *affine[0])]
     first, second = mx.split(mx.unflatten(x, -1, (-1, 2, GROUP // 2)), 2, axis=-2)
     none = mx.zeros_like(first)
     parts = mx.concatenate([first, none], axis=-2), mx.concatenate([none, second], axis=-2)
