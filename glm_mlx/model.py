@@ -8,7 +8,8 @@ P qk_rope_head_dim 64, N qk_nope_head_dim 192, V v_head_dim 256, E experts 64, K
 F moe_intermediate_size 1536.
 
 Each function of `kernels` launches its kernel where there is a GPU and the tokens are few, and else computes the same
-with MLX's operations; those named `_ops` have no kernel, nor has `moe_prefill`, which is for many tokens.
+with MLX's operations; those named `_ops` have no kernel, nor have `moe_prefill`, which is for many tokens, and
+`small_moe`, which is for small experts on a CPU.
 """
 
 import math
