@@ -1,10 +1,13 @@
 """Every call of a kernel that a model makes."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import mlx.core as mx
 
 from glm_mlx import model as model_module
 from glm_mlx.cache import STEP
-from glm_mlx.model import Model
+from glm_mlx.model import Model, MoE
 from kernels import wide
 from kernels.cases import Case, calls, held
 from kernels.expand import expand
@@ -20,7 +23,7 @@ def decode_cases(model: Model) -> list[Case]:
     for context in CONTEXTS:
         values = mx.random.normal((1, context, model.row_format.values), key=mx.random.key(context))
         rows = [model.row_format.store(values)] * cfg.num_layers
-        with calls(model_module, model, tokens=1) as made:
+        with _as_on_a_gpu(model), calls(model_module, model, tokens=1) as made:
             model.step(mx.zeros((1, 1), mx.int32), mx.array([context - 1], mx.int32), rows)
         found.update((case.signature, case) for case in made)
     return list(found.values())
@@ -28,7 +31,7 @@ def decode_cases(model: Model) -> list[Case]:
 
 def chunk_cases(model: Model) -> list[Case]:
     """The calls for the last few tokens of a prompt. Nothing is computed."""
-    with calls(model_module, model, tokens=CHUNK) as made:
+    with _as_on_a_gpu(model), calls(model_module, model, tokens=CHUNK) as made:
         hidden = model.hidden_states(mx.zeros((1, CHUNK), mx.int32), model.new_cache())
         model.logits(hidden)
     return made
@@ -42,3 +45,16 @@ def prompt_cases(model: Model) -> list[Case]:
     for weight in sorted(held(model, QuantizedTensor), key=lambda weight: weight.nbytes):
         smallest.setdefault(weight.type.name, weight)
     return [Case(expand, {"w": w, "dtype": model.dtype}, (), wide.LEAST_TOKENS) for w in smallest.values()]
+
+
+@contextmanager
+def _as_on_a_gpu(model: Model) -> Iterator[None]:
+    """Without `small_moe`, which no GPU has."""
+    kept = [(layer.mlp, layer.mlp.small) for layer in model.layers if isinstance(layer.mlp, MoE)]
+    for mlp, _ in kept:
+        mlp.small = None
+    try:
+        yield
+    finally:
+        for mlp, small in kept:
+            mlp.small = small
