@@ -182,7 +182,7 @@ def _watching(
 
         return call
 
-    modules = {f"kernels.{op}" for op in launcher.OPS}
+    modules = {f"kernels.{op}" for op in (*launcher.OPS, "small_experts")}
     ops = {
         name: value
         for name, value in vars(model_module).items()

@@ -219,15 +219,14 @@ def _wide_nbytes(cfg: Config, rows: RowFormat, chunk: int, context: int) -> int:
 
     Most at once are either products with the experts of a few tiles, expanded to 16 bits, beside the rows of all tiles
     before and after; or where a layer begins: the end of the layer before, keys and values in float16, queries, and a
-    turn of attention. An H200 had 1.19 GB for GLM-4.7-Flash's first 2,048 tokens, where this says 1.28. At depth it was
-    not measured since scores are masked in place.
+    turn of attention.
     """
     tokens, heads, hidden, row = min(chunk, context), cfg.num_heads, cfg.hidden_size, cfg.cache_dim
     # Products with experts.
     width, chosen = cfg.moe_intermediate_size, tokens * cfg.num_experts_per_tok
     tiles, tile_rows = tiles_shape(chosen, cfg.num_experts)
     at_once = min(tiles, wide.TILES)
-    product = 2 * at_once * (width * hidden + tile_rows * max(width, hidden))
+    product = 2 * 2 * at_once * (width * hidden + 2 * tile_rows * width)  # gate and up, and what becomes of them
     all_tiles, hidden_values = 2 * tiles * tile_rows * hidden, 2 * 2 * at_once * tile_rows * width
     experts = wide.ALIVE * product + 2 * all_tiles + hidden_values
     # The end of a layer: what experts made, together, then of each token, then added up in float32; or a dense layer.

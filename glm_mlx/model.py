@@ -8,7 +8,8 @@ P qk_rope_head_dim 64, N qk_nope_head_dim 192, V v_head_dim 256, E experts 64, K
 F moe_intermediate_size 1536.
 
 Each function of `kernels` launches its kernel where there is a GPU and the tokens are few, and else computes the same
-with MLX's operations; those named `_ops` have no kernel, nor has `moe_prefill`, which is for many tokens.
+with MLX's operations; those named `_ops` have no kernel, nor have `moe_prefill`, which is for many tokens, and
+`small_moe`, which is for small experts on a CPU.
 """
 
 import math
@@ -30,6 +31,7 @@ from kernels.prefill import moe_prefill, takes
 from kernels.qmv import Norm, absorb, merge_heads, norm_qmv, qmv, qmv_all, qmv_beside
 from kernels.route import Router, experts_of, weights_of
 from kernels.rows import RowFormat
+from kernels.small_experts import small_experts, small_moe
 
 Cache: TypeAlias = LatentCache | TracedCache
 Tap = Callable[[str, mx.array], None]  # sees named intermediate values; the parity tests' way in
@@ -192,6 +194,9 @@ class MoE:
         self.shared_gate, self.shared_up, self.shared_down = (
             weights.get(f"shared_experts.{n}_proj") for n in ("gate", "up", "down")
         )
+        self.small = small_experts(
+            self.gate_proj, self.up_proj, self.down_proj, self.shared_gate, self.shared_up, self.shared_down
+        )
 
     def __call__(self, x: mx.array, tap: Tap = no_tap) -> mx.array:
         # float32: the biases of e_score_correction_bias differ by less than half precision resolves.
@@ -202,6 +207,8 @@ class MoE:
             out, choice = moe_prefill(
                 normed, router_logits, self.router, gate, up, down, shared_gate, shared_up, shared_down, x
             )
+        elif self.small is not None and self.small.apply:
+            out, choice = small_moe(normed, router_logits, self.router, self.small, x)
         else:
             hidden, choice = experts_gate_up(normed, router_logits, self.router, gate, up, shared_gate, shared_up)
             out = experts_down(hidden, choice, down, shared_down, x)

@@ -1,29 +1,35 @@
 """Every call of a kernel that a model makes."""
 
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 import mlx.core as mx
 
 from glm_mlx import model as model_module
 from glm_mlx.cache import STEP
-from glm_mlx.model import Model
+from glm_mlx.model import Model, MoE
 from kernels import launcher, wide
 from kernels.cases import Case, calls, held
 from kernels.expand import expand
 from kernels.launcher import Recorded
 from kernels.planes import QuantizedTensor
 
-CONTEXTS = (STEP, 9 * STEP)  # rows: what a cache begins with, and enough to be split as far as it goes
+# Rows: what a cache begins with, and enough for each of the launches that longer contexts have.
+CONTEXTS = (STEP, 9 * STEP, 65 * STEP)
 CHUNK = 4  # tokens; for more than one token each kernel is compiled anew
 
 
+def _contexts(model: Model) -> list[int]:
+    return [rows for rows in CONTEXTS if rows <= max(STEP, model.cfg.context_length)]
+
+
 def decode_cases(model: Model) -> list[Case]:
-    """The calls of a decoded token, in a short and in a long context. Nothing is computed."""
+    """The calls of a decoded token, in contexts of all kinds that the model has. Nothing is computed."""
     cfg, found = model.cfg, dict[object, Case]()
-    for context in CONTEXTS:
+    for context in _contexts(model):
         values = mx.random.normal((1, context, model.row_format.values), key=mx.random.key(context))
         rows = [model.row_format.store(values)] * cfg.num_layers
-        with calls(model_module, model, tokens=1) as made:
+        with _as_on_a_gpu(model), calls(model_module, model, tokens=1) as made:
             model.step(mx.zeros((1, 1), mx.int32), mx.array([context - 1], mx.int32), rows)
         found.update((case.signature, case) for case in made)
     return list(found.values())
@@ -31,7 +37,7 @@ def decode_cases(model: Model) -> list[Case]:
 
 def chunk_cases(model: Model) -> list[Case]:
     """The calls for the last few tokens of a prompt. Nothing is computed."""
-    with calls(model_module, model, tokens=CHUNK) as made:
+    with _as_on_a_gpu(model), calls(model_module, model, tokens=CHUNK) as made:
         hidden = model.hidden_states(mx.zeros((1, CHUNK), mx.int32), model.new_cache())
         model.logits(hidden)
     return made
@@ -44,7 +50,7 @@ def launches(model: Model) -> list[Recorded]:
     """
     with launcher.recording() as seen, suppress(launcher.KernelRefusedError):
         rows = STEP
-        while rows <= CONTEXTS[-1]:  # a launch depends on the rows to a power of 2
+        while rows <= _contexts(model)[-1]:  # a launch depends on the rows to a power of 2
             caches = [model.row_format.zeros(1, rows)] * model.cfg.num_layers
             model.step(mx.zeros((1, 1), mx.int32), mx.array([rows - 1], mx.int32), caches)
             rows *= 2
@@ -61,3 +67,16 @@ def prompt_cases(model: Model) -> list[Case]:
     for weight in sorted(held(model, QuantizedTensor), key=lambda weight: weight.nbytes):
         smallest.setdefault(weight.type.name, weight)
     return [Case(expand, {"w": w, "dtype": model.dtype}, (), wide.LEAST_TOKENS) for w in smallest.values()]
+
+
+@contextmanager
+def _as_on_a_gpu(model: Model) -> Iterator[None]:
+    """Without `small_moe`, which no GPU has."""
+    kept = [(layer.mlp, layer.mlp.small) for layer in model.layers if isinstance(layer.mlp, MoE)]
+    for mlp, _ in kept:
+        mlp.small = None
+    try:
+        yield
+    finally:
+        for mlp, small in kept:
+            mlp.small = small

@@ -19,11 +19,12 @@ from glm_mlx.gguf import GGUFFile, TensorInfo, shown
 from glm_mlx.memory import Tensor
 from glm_mlx.packing import pack
 from kernels.planes import QUANT_TYPES, QuantizedTensor, Weight, dequantize_ops
-from kernels.qmv import with_affine
+from kernels.qmv import with_affine, with_values
 
 RELEASE_BYTES = 1 << 23  # pages of the file are given back, and progress is told, every 8 MB
 DENSE_TYPES = ("F32", "F16", "BF16")
 EXPANDED_TYPES = ("Q2_K", "Q3_K", "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS", "MXFP4")
+VOCABULARY = ("embed_tokens", "lm_head")
 
 
 @dataclass(frozen=True)
@@ -192,7 +193,9 @@ def load(
         for (expected, _), weight in zip(pairs, pool.map(read, pairs), strict=True):
             for name, part in _split(expected.name, weight, cfg):
                 _evaluate(part)  # a lazy part would keep the whole alive
-                weights[name] = with_affine(part) if on_cpu else part  # kernels read planes
+                if on_cpu:  # kernels read planes
+                    part = with_values(part) if name in VOCABULARY else with_affine(part)
+                weights[name] = part
     finally:
         pool.shutdown(cancel_futures=True)  # at Ctrl-C: only the tensors in hand are finished
     return weights

@@ -14,13 +14,13 @@ from functools import cache
 import mlx.core as mx
 
 from kernels import launcher
-from kernels.planes import Weight, dequantize_ops
+from kernels.planes import Weight, dequantize_ops, values_if_kept
 
 SIMDGROUPS = 4  # of a threadgroup
 
 
 def embed_ops(w: Weight, tokens: mx.array, dtype: mx.Dtype) -> mx.array:
-    return dequantize_ops(w[tokens]).astype(dtype)
+    return dequantize_ops(values_if_kept(w)[tokens]).astype(dtype)
 
 
 def embed(w: Weight, tokens: mx.array, dtype: mx.Dtype) -> mx.array:

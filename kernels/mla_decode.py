@@ -126,6 +126,8 @@ def _attend_in_blocks(q: mx.array, rows: mx.array, latent_dim: int, before: int 
             scores = mx.where(_visible(begin, end, before, length), scores, LEAST)
         probabilities = mx.softmax(scores, axis=-1).reshape(batch, heads * length, -1)
         out = (probabilities @ keys[..., :latent_dim]).reshape(batch, heads, length, latent_dim)
+        if keys.shape[1] == rows.shape[1]:
+            return out  # the only block
         part = _Part(out, mx.logsumexp(scores, axis=-1, keepdims=True))
         so_far = part if so_far is None else _merge(so_far, part)
     assert so_far is not None

@@ -70,6 +70,7 @@ class QuantizedTensor:
     bundle: mx.array | None = None  # (words,) uint32 that hold these planes and those of other weights: see `bundled`
     begins: tuple[int, ...] = ()  # where in it each plane begins, in words
     affine: tuple[Affine, ...] = ()  # where it is kept: see `kernels.qmv.with_affine`
+    values: mx.array | None = None  # the same in float32, where they are kept: see `kernels.qmv.with_values`
 
     @property
     def planes(self) -> tuple[mx.array, ...]:
@@ -155,6 +156,10 @@ def group_scales(w: QuantizedTensor) -> tuple[mx.array, mx.array | None]:
     sub_scales, sub_mins = _k_scales_mins(w.sub_scales)
     mins = mx.repeat(w.mins.astype(mx.float32), SUPER // GROUP, axis=-1) * sub_mins
     return mx.repeat(scales, SUPER // GROUP, axis=-1) * sub_scales, -mins
+
+
+def values_if_kept(w: Weight) -> Weight:
+    return w if isinstance(w, mx.array) or w.values is None else w.values
 
 
 def unpack_quants(w: QuantizedTensor) -> mx.array:

@@ -81,7 +81,7 @@ def in_tiles(x: mx.array, experts: mx.array, gate: Weight, up: Weight, down: Wei
         some = slice(begin, begin + wide.TILES)
         of_tile = tiles.experts[some]
         hidden = swiglu_ops(wide.by_tile(rows[some], gate, of_tile), wide.by_tile(rows[some], up, of_tile))
-        parts.append(wide.by_tile(hidden, down, of_tile))
+        parts.append(wide.start(wide.by_tile(wide.start(hidden), down, of_tile)))
     routed = parts[0] if len(parts) == 1 else mx.concatenate(parts)
     return wide.start(routed.reshape(-1, routed.shape[-1])[tiles.places])
 

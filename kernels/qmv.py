@@ -38,17 +38,17 @@ expanded, except IQ4_NL's, which its affine form cannot hold; or, where that is 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 
 import mlx.core as mx
 
 from kernels import launcher, wide
-from kernels.planes import GROUP, Affine, QuantizedTensor, Weight, dequantize_ops, group_scales
+from kernels.planes import GROUP, Affine, QuantizedTensor, Weight, dequantize_ops, group_scales, values_if_kept
 from kernels.shapes import launch_shape, matrix_names
 
 DEPTH = 8  # chunks that a lane loads in one go, at most
 ROWS, SIMDGROUPS = 1, 4  # rows that lanes take one after the other, simdgroups of a threadgroup
-SMALL = 1 << 20  # values of a weight beside which `with_affine` keeps more
+SMALL = 1 << 20  # values of a weight beside which `with_affine` and `with_values` keep more
 MANY_ROWS = 8192  # with as many, twice the rows: norm and x are worked out once for both, and there is work enough
 
 
@@ -60,7 +60,18 @@ class Norm:
     eps: float
 
     def __call__(self, x: mx.array) -> mx.array:
+        if x.dtype == mx.float32 and x.ndim == 3 and mx.default_device() == mx.Device(mx.cpu):
+            # Without a kernel `mx.fast.rms_norm` is 11 operations; of one row this is 7 (bench/LOG.md).
+            eps, weight = self._constants
+            return x * mx.rsqrt(mx.square(x).sum(axis=-1, keepdims=True) + eps) * weight
         return mx.fast.rms_norm(x, self.weight, self.eps).astype(x.dtype)
+
+    @cached_property
+    def _constants(self) -> tuple[mx.array, mx.array]:
+        cols = self.weight.size
+        eps, weight = mx.full((1, 1, 1), cols * self.eps), (math.sqrt(cols) * self.weight)[None, None]
+        mx.eval(eps, weight)
+        return eps, weight
 
 
 def qmv(
@@ -263,6 +274,7 @@ def _launch(
 def qmv_ops(x: mx.array, w: Weight) -> mx.array:
     if wide.applies(x.shape[-2], x.dtype):
         return wide.matmul(x, w)
+    w = values_if_kept(w)
     if isinstance(w, mx.array) and w.dtype == x.dtype:
         return x @ w.swapaxes(-1, -2)
     x32 = x.astype(mx.float32)
@@ -314,13 +326,14 @@ def gather_qmv_ops(x: mx.array, w: Weight, experts: mx.array, sorted_indices: bo
 def _affine_terms(x: mx.array, w: QuantizedTensor) -> list[tuple[mx.array, mx.array, mx.array]]:
     """(x, scales, biases) of MLX affine matmuls with groups of 32 whose sum is exactly x @ w.T.
 
-    All row-contiguous: MLX's CUDA back end has no implementation for anything else.
+    All row-contiguous where they are derived: MLX's CUDA back end has no implementation for anything else. They are
+    kept on CPUs only.
 
     Q6_K's groups of 16 fit none of MLX's sizes: one matmul sees the first half of every 32 inputs, one the second.
     """
     affine = w.affine or _affine(w)
     if len(affine) == 1:
-        return [(mx.contiguous(x), *affine[0])]
+        return [(x if w.affine else mx.contiguous(x), *affine[0])]
     first, second = mx.split(mx.unflatten(x, -1, (-1, 2, GROUP // 2)), 2, axis=-2)
     none = mx.zeros_like(first)
     parts = mx.concatenate([first, none], axis=-2), mx.concatenate([none, second], axis=-2)
@@ -346,6 +359,19 @@ def with_affine(w: Weight) -> Weight:
     affine = _affine(w)
     mx.eval(affine)
     return replace(w, affine=affine)
+
+
+def with_values(w: Weight) -> Weight:
+    """The same weight with its values in float32 kept beside it, if it is small: four bytes each, which the memory plan
+    leaves out. For the vocabulary's matrices, of which one is looked up and the other the largest of a small model.
+
+    They stand by columns, as the BLAS of MLX's Linux packages multiplies them fastest.
+    """
+    if isinstance(w, mx.array) or math.prod(w.shape) > SMALL:
+        return w
+    values = mx.contiguous(dequantize_ops(w).swapaxes(-1, -2)).swapaxes(-1, -2)
+    mx.eval(values)
+    return replace(w, values=values)
 
 
 def _sum(terms: list[mx.array]) -> mx.array:

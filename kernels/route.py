@@ -33,8 +33,7 @@ class Router:
 
     def choice(self, router_logits: mx.array) -> mx.array:
         """Both in one array: (T, 2, K) uint32, the experts, then the bits of their weights."""
-        experts, weights = self(router_logits)
-        return mx.stack([experts, weights.view(mx.uint32)], axis=-2)
+        return choice_of(*self(router_logits))
 
     def __call__(self, router_logits: mx.array) -> tuple[mx.array, mx.array]:
         scores = mx.sigmoid(router_logits) if self.gating == "sigmoid" else mx.softmax(router_logits, axis=-1)
@@ -44,6 +43,10 @@ class Router:
         if self.normalize:
             weights = weights / (weights.sum(axis=-1, keepdims=True) + 1e-20)
         return experts, weights * self.scale
+
+
+def choice_of(experts: mx.array, weights: mx.array) -> mx.array:
+    return mx.stack([experts, weights.view(mx.uint32)], axis=-2)
 
 
 def experts_of(choice: mx.array) -> mx.array:

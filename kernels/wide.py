@@ -19,9 +19,10 @@ Queries, keys, scores and probabilities are float16: three bits more than bfloat
 0.008 at most. Softmax is computed in float32.
 
 MLX allocates when it hands work over, and frees when the GPU has done it: a host that runs ahead would have the
-expanded experts of many layers in memory. So each product with `TILES` experts, each turn of attention and each layer
-is `start`ed. What a turn made and nobody wants is freed when all of it is done, by another thread of MLX's, which is
-late: so turns are kept small.
+expanded experts of many layers in memory. So the products with `TILES` experts, each turn of attention and each layer
+are `start`ed, and no more than `UNDER_WAY` of them before the first has been waited for; with fewer the GPU waits for the
+host. What a turn made and nobody wants is freed when all of it is done, by another thread of MLX's, which is late: so
+turns are kept small.
 """
 
 import mlx.core as mx
@@ -31,13 +32,14 @@ from kernels.planes import Weight
 from kernels.rows import RowFormat
 
 LEAST_TOKENS = 64  # from which on expanding a weight is cheaper than its float32 matmul
-TILES = 32  # whose experts are expanded at once: 200 MB of GLM-4.7-Flash
+TILES = 16  # whose experts are expanded at once: two matrices of 100 MB of GLM-4.7-Flash
 SCORES = 40 << 20  # values of 2 bytes
-ALIVE = 5  # turns whose memory may not be free yet: two at work, and three more would explain what an H200 had
+UNDER_WAY = 4  # turns at most
+ALIVE = 5  # turns whose memory may not be free yet
 QUERIES = 512  # of each head and sequence, at once
 UNPACKED = 8192  # rows of the cache that are in 8 bits, at once
 ALIGNED = 32  # queries: as many at once as are a multiple of it, where there are so many
-_started: list[mx.array] = []  # what `start` has not waited for: one at most
+_started: list[mx.array] = []  # what `start` has not waited for, the oldest first
 
 
 def applies(tokens: int, dtype: mx.Dtype) -> bool:
@@ -55,15 +57,15 @@ def matmul(x: mx.array, w: Weight) -> mx.array:
 
 
 def by_tile(x: mx.array, w: Weight, experts: mx.array) -> mx.array:
-    return start(mx.matmul(x, expand(w, x.dtype, experts).swapaxes(-1, -2)))
+    return mx.matmul(x, expand(w, x.dtype, experts).swapaxes(-1, -2))
 
 
 def start(result: mx.array) -> mx.array:
-    """Hands over the work for a result and waits for that of the one before: the scratch of two is alive at once."""
+    """Hands over the work for a result, and waits until fewer than `UNDER_WAY` are not done."""
     mx.async_eval(result)
-    while _started:
-        mx.eval(_started.pop())
     _started.append(result)
+    while len(_started) >= UNDER_WAY:
+        mx.eval(_started.pop(0))
     return result
 
 

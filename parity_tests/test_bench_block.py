@@ -113,7 +113,7 @@ def test_a_chain_is_the_models_layers_by_both_ways(kind: str, monkeypatch: pytes
 
     chains["block"]._step = chains["block"]._traced
     traced = chains["block"](model.embed(token), now)
-    assert mx.allclose(traced, expected, rtol=1e-4, atol=1e-5)
+    assert mx.allclose(traced, expected, rtol=1e-4, atol=1e-4)  # of values up to 20
     assert now.offset == 40
     for row, layer in zip(now.rows, model.layers, strict=True):
         assert row is not None

@@ -18,6 +18,7 @@ from kernels import launcher
 from kernels.planes import QuantizedTensor, Weight
 from kernels.qmv import Norm
 from kernels.route import Router, experts_of
+from kernels.small_experts import SmallExperts
 
 # import-linter keeps tests and benchmarks from importing one another.
 SIZES = replace(op_cases.CPU, num_experts=6, layers=2, vocab_size=512, rotating_bytes=1 << 20, contexts=(64,))
@@ -245,6 +246,7 @@ def test_bytes_of_a_token_are_those_that_a_decode_step_touches(monkeypatch: pyte
             flat = [item for a in (*args, *kwargs.values()) for item in (a if isinstance(a, list | tuple) else [a])]
             flat += [item.weight for item in flat if isinstance(item, Norm)]
             flat += [item.bias for item in flat if isinstance(item, Router)]
+            flat += [weight for item in flat if isinstance(item, SmallExperts) for weight in item.weights]
             ids = [a for a in flat if isinstance(a, mx.array) and a.dtype in (mx.uint32, mx.int32)]
             ids += [router(args[1])[0] for router in flat if isinstance(router, Router)]
             ids = [experts_of(a) if a.ndim == 4 else a for a in ids]

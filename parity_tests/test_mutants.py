@@ -12,7 +12,6 @@ import pytest
 
 import glm_mlx.model
 import glm_mlx.packing
-import kernels.experts_gate_up
 import kernels.mla_decode
 import kernels.planes
 import kernels.prefill
@@ -23,6 +22,7 @@ from glm_mlx.make_tiny import TinySpec
 from glm_mlx.model import Attention, MoE
 from kernels.planes import dequantize_ops
 from kernels.route import Router
+from kernels.small_experts import Bank
 from parity_tests import compare
 from parity_tests.budgets import BUDGETS, relative_error
 from parity_tests.compare import compare_layers
@@ -170,6 +170,10 @@ def next_expert(op: Any) -> Any:
     return lambda x, w, experts, *args, **kw: op(x, w, (experts + 1) % w.shape[0], *args, **kw)
 
 
+def next_expert_of_bank(bank: Any) -> Any:
+    return lambda self, x, experts: bank(self, x, (experts + 1) % self.planes[0].shape[0])
+
+
 def in_blocks_of_7(plant: Plant) -> Plant:
     """A fault that shows only where attention goes through the context in several blocks."""
 
@@ -253,7 +257,7 @@ MUTANTS = {
         instead(kernels.prefill, "gather_qmv_ops", next_expert), "layers.1.ffn_out"
     ),
     "each choice of a few tokens runs the next expert": Mutant(
-        instead(kernels.experts_gate_up, "gather_qmv_ops", next_expert), "decode"
+        instead(Bank, "__call__", next_expert_of_bank), "decode"
     ),
     "experts' results in the order of experts": Mutant(
         instead(kernels.prefill, "unsort", lambda f: lambda x, order: x), "layers.1.ffn_out"
@@ -278,7 +282,9 @@ MUTANTS = {
     "Q4_0 nibbles in the file's order": Mutant(
         lambda patch: patch.setitem(glm_mlx.packing._SPLITTERS, "Q4_0", nibbles_in_file_order), "embed"
     ),
-    "Q6_K scales of the wrong half": Mutant(instead(kernels.qmv, "_affine_terms", swapped_halves), "logits"),
+    "Q6_K scales of the wrong half": Mutant(
+        instead(kernels.qmv, "_affine_terms", swapped_halves), "layers.0.ffn_out", VARIANTS["GLM Q4_K_M"]
+    ),
     "Q4_K minima added": Mutant(
         instead(kernels.qmv, "group_scales", lambda f: lambda w: (f(w)[0], None if f(w)[1] is None else -f(w)[1])),
         "layers.0.q",

@@ -1,5 +1,7 @@
 """Quantised weights: exact values for every type, and every op that reads them against float64."""
 
+from collections.abc import Callable
+
 import gguf
 import mlx.core as mx
 import numpy as np
@@ -10,8 +12,12 @@ from glm_mlx.make_tiny import random_blocks
 from glm_mlx.packing import CHUNK_VALUES, pack, packed_nbytes
 from glm_mlx.weights import EXPANDED_TYPES
 from kernels.embed import embed_ops
+from kernels.experts_down import experts_down_ops
+from kernels.experts_gate_up import experts_gate_up_ops
 from kernels.planes import IQ4_NL_VALUES, QUANT_TYPES, QuantizedTensor, Weight, dequantize_ops, unpack_quants
-from kernels.qmv import SMALL, gather_qmv_ops, head_qmv_ops, qmv_ops, with_affine
+from kernels.qmv import SMALL, gather_qmv_ops, head_qmv_ops, qmv_ops, with_affine, with_values
+from kernels.route import Router
+from kernels.small_experts import small_experts, small_moe
 from parity_tests.budgets import check
 from parity_tests.compare import Array, to_numpy
 
@@ -144,9 +150,52 @@ def test_a_small_weight_multiplies_the_same_with_its_affine_form_kept(kind: str,
     check("matmul", np.array(gather_qmv_ops(mx.array(x), kept, mx.array(experts))), want, f"{kind} gathered, kept")
 
 
-def test_nothing_is_kept_beside_a_large_weight() -> None:
+@pytest.mark.parametrize("kind", EVERY)
+def test_a_small_weight_multiplies_and_is_looked_up_the_same_with_its_values_kept(kind: str) -> None:
+    w, values = weight(kind, (48, 256))
+    kept = with_values(w)
+    x = np.random.default_rng(1).standard_normal((3, 256)).astype(np.float32)
+    check("matmul", np.array(qmv_ops(mx.array(x), kept)), x.astype(np.float64) @ values.T, f"{kind}, values kept")
+    ids = mx.array([[0, 47, 7]])
+    assert mx.array_equal(embed_ops(kept, ids, mx.float32), embed_ops(w, ids, mx.float32))
+
+
+@pytest.mark.parametrize("keep", [with_affine, with_values])
+def test_nothing_is_kept_beside_a_large_weight(keep: Callable[[Weight], Weight]) -> None:
     w, _ = weight("Q4_0", (SMALL // 256 + 1, 256))
-    assert with_affine(w) is w
+    assert keep(w) is w
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q8_0", "Q4_1", "Q5_K"])
+@pytest.mark.parametrize("shared", [0, 1, 2])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+def test_small_experts_are_what_both_halves_are(kind: str, shared: int, dtype: mx.Dtype) -> None:
+    """Also with two shared experts, which stand side by side, and with none; 3 tokens."""
+    experts, width, cols = 7, 256, 512
+    shapes = [(experts, width, cols)] * 2 + [(experts, cols, width)]
+    shapes += ([(shared * width, cols)] * 2 + [(cols, shared * width)]) if shared else []
+    loaded = [with_affine(weight(kind, shape, seed)[0]) for seed, shape in enumerate(shapes)]
+    gate, up, down, shared_gate, shared_up, shared_down = [*loaded, *[None] * (6 - len(loaded))]
+    x, residual, logits = (
+        mx.random.normal((1, 3, n), key=mx.random.key(i)).astype(dtype) for i, n in enumerate((cols, cols, experts))
+    )
+    logits, router = logits.astype(mx.float32), Router(None, 3, "sigmoid", True, 1.8)
+    small = small_experts(gate, up, down, shared_gate, shared_up, shared_down)
+    assert small is not None
+    got, choice = small_moe(x, logits, router, small, residual)
+    hidden, want_choice = experts_gate_up_ops(x, logits, router, gate, up, shared_gate, shared_up)
+    want = experts_down_ops(hidden, want_choice, down, shared_down, residual)
+    assert mx.array_equal(choice, want_choice)
+    error = mx.abs(got.astype(mx.float32) - want.astype(mx.float32)).max() / mx.abs(want).max()
+    assert float(error) < (1e-6 if dtype == mx.float32 else 2e-2)
+
+
+def test_experts_of_two_types_or_without_their_affine_form_are_not_small_experts() -> None:
+    q4, q8 = (with_affine(weight(kind, (7, 256, 256))[0]) for kind in ("Q4_0", "Q8_0"))
+    plain = weight("Q4_0", (7, 256, 256))[0]
+    assert small_experts(q4, q4, q8, None, None, None) is not None
+    assert small_experts(q4, q8, q4, None, None, None) is None
+    assert small_experts(q4, q4, plain, None, None, None) is None
 
 
 @pytest.mark.parametrize("kind", EVERY)

@@ -115,15 +115,17 @@ def test_scores_stay_within_their_bound(heads: int, rows: int) -> None:
     assert count < wide.ALIGNED or count % wide.ALIGNED == 0
 
 
-def test_a_result_that_is_started_waits_for_the_one_before_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_result_that_is_started_waits_for_the_oldest_of_many_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[str, int]] = []
-    results = [mx.array([i]) for i in range(3)]
-    wide.start(results[0])
+    results = [mx.array([i]) for i in range(wide.UNDER_WAY + 1)]
+    monkeypatch.setattr(wide, "_started", [])
     for name in ("async_eval", "eval"):
         monkeypatch.setattr(mx, name, lambda x, name=name: calls.append((name, results.index(x))))
-    for result in results[1:]:
+    for result in results:
         assert wide.start(result) is result
-    assert calls == [("async_eval", 1), ("eval", 0), ("async_eval", 2), ("eval", 1)]
+    last = wide.UNDER_WAY
+    handed_over = [("async_eval", i) for i in range(last)]
+    assert calls == [*handed_over, ("eval", 0), ("async_eval", last), ("eval", 1)]
 
 
 def test_a_layer_has_the_experts_of_a_few_tiles_at_a_time_beside_the_next(
@@ -141,7 +143,7 @@ def test_a_layer_has_the_experts_of_a_few_tiles_at_a_time_beside_the_next(
     attention = [(1, count, cfg.kv_lora_rank), (1, cfg.num_heads, count, cfg.kv_lora_rank)]  # values, results
     layer = (1, count, d)
     turns = [min(4, tiles - begin) for begin in range(0, tiles, 4)]
-    experts = [(some, rows, width) for some in turns for width in (f, f, d)]
+    experts = [(some, rows, width) for some in turns for width in (f, d)]
     moe = [(tiles, rows, d), *experts, (count, cfg.num_experts_per_tok, d)]
     assert len(turns) > 1
     assert started == [*attention, layer, *[*attention, *moe, layer] * (cfg.num_layers - cfg.first_k_dense)]
