@@ -52,11 +52,10 @@ ROWS_AT_ONCE = 2  # rows that a lane loads in one go
 # Rows that are worth a threadgroup of their own, and splits: for 20 heads 260 threadgroups, which an H200 has room for.
 ROWS_OF_SPLIT, MAX_SPLITS = 32, 52
 MERGE_ROWS, MERGE_SIMDGROUPS = 4, 8  # rows of v_b of a simdgroup, simdgroups of a threadgroup
-# In long contexts, where products of matrices take over: rows of the cache from which on; heads of a threadgroup and turns
-# that rows are asked for ahead, with less room than MANY_ROWS and with more; threadgroups for all heads, which an H200
-# has room for; simdgroups of each.
-MATRIX_ROWS, MANY_ROWS = 2048, 16384
-MATRIX_SHAPES = ((8, 2), (24, 1))
+# In long contexts, where products of matrices take over: rows of the cache from which on, heads of a threadgroup, turns
+# that rows are asked for ahead; the same for very long ones; threadgroups for all heads, which an H200 has room for.
+MATRIX_ROWS, MATRIX_HEADS, MATRIX_AHEAD = 2048, 8, 2
+MANY_ROWS, MANY_HEADS, MANY_AHEAD = 16384, 24, 1
 MATRIX_THREADGROUPS = 132
 MATRIX_SIMDGROUPS = 8
 MAX_LATENT = 2048  # a lane holds whole rows of v_b
@@ -394,7 +393,7 @@ def _vectors(back_end: launcher.BackEnd, a: _Attention) -> tuple[launcher.Launch
 def _takes_matrices(a: _Attention) -> bool:
     """Whether `mla_matrix` reads such rows, and there may be enough of them that it is faster."""
     whole = a.latent_dim % (8 * MATRIX_SIMDGROUPS) == 0 and a.rope_dim % 8 == 0
-    fits = 4 * _matrix_shared(a, max(heads for heads, _ in MATRIX_SHAPES)) <= launcher.MAX_THREADGROUP_BYTES
+    fits = 4 * _matrix_shared(a, MANY_HEADS) <= launcher.MAX_THREADGROUP_BYTES
     return whole and fits and a.room >= MATRIX_ROWS and a.stored == a.dtype != mx.float32
 
 
@@ -407,7 +406,7 @@ def _matrix_shared(a: _Attention, heads_at_once: int) -> int:
 
 def _matrices(back_end: launcher.BackEnd, a: _Attention) -> tuple[launcher.Launch, int, int, int]:
     """As `_vectors`."""
-    heads, ahead = MATRIX_SHAPES[a.room >= MANY_ROWS]
+    heads, ahead = (MANY_HEADS, MANY_AHEAD) if a.room >= MANY_ROWS else (MATRIX_HEADS, MATRIX_AHEAD)
     heads_at_once, threadgroups, turns_ahead, *merge = launch_shape(
         "mla_decode",
         a.what,

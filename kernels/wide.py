@@ -20,9 +20,9 @@ Queries, keys, scores and probabilities are float16: three bits more than bfloat
 
 MLX allocates when it hands work over, and frees when the GPU has done it: a host that runs ahead would have the
 expanded experts of many layers in memory. So the products with `TILES` experts, each turn of attention and each layer
-are `start`ed, and no more than `UNDER_WAY` of them before the first has been waited for; with fewer the GPU waits for the
-host. What a turn made and nobody wants is freed when all of it is done, by another thread of MLX's, which is late: so
-turns are kept small.
+are `start`ed, and fewer than `UNDER_WAY` of them are not done when more is handed over; with two the GPU would wait for
+the host. What a turn made and nobody wants is freed when all of it is done, by another thread of MLX's, which is late:
+so turns are kept small.
 """
 
 import mlx.core as mx

@@ -43,6 +43,7 @@ from parity_tests.msl import compiler, executing
 ROOT = Path(__file__).parents[1]
 COMMAND = [sys.executable, "-m", "glm_mlx.doctor"]
 SPEC = TinySpec(layers=2)
+LONG = {"mla_decode": ("mla_matrix",)}  # what launches it in long contexts
 PARTS = {"mla_decode": ["mla_decode", "mla_merge"]}  # ops of several launches
 # Text of each op that every result goes through (where it is rounded to the type of the output), and that in error.
 STORED = (r"= ([A-Z])\(", r"= \1(1.05f) * \1(")
@@ -116,7 +117,8 @@ def forget() -> None:
 
 
 def plant(edit: Edit, op: str) -> None:
-    edit(op, lambda text: re.sub(*FAULTS[op], text))
+    for part in (op, *LONG.get(op, ())):
+        edit(part, lambda text: re.sub(*FAULTS[op], text))
 
 
 def spoil(edit: Edit, op: str) -> None:
@@ -152,7 +154,8 @@ def test_every_kernel_of_a_published_composition_agrees(
         for case in cases:
             before = len(launches)
             assert check(case, timed=False) == Result(compiles=True, agrees=True), case.variant
-            assert launches[before:] == PARTS.get(case.op, [case.op])
+            launched = ["mla_decode" if op == "mla_matrix" else op for op in launches[before:]]
+            assert launched == PARTS.get(case.op, [case.op])
     assert {case.op for case in cases} >= set(launcher.OPS) - ({"mla_decode"} if tokens > 1 else set())
     assert {case.dtype for case in cases} == {str(dtype).removeprefix("mlx.core.")}
 
@@ -187,14 +190,15 @@ IN_8_BITS = {  # text of the rows, and that in error
 
 @pytest.mark.parametrize("fault", IN_8_BITS)
 def test_a_fault_in_rows_of_8_bits_disagrees_and_good_ones_agree(fault: str, edit: Edit, model_file: MakeModel) -> None:
+    count = sum(rows <= SPEC.context_length for rows in CONTEXTS)
     for dtype in (mx.bfloat16, mx.float32):
         cases = [case for case in cases_of(model_file(SPEC), dtype, kv_bits=8) if case.op == "mla_decode"]
         assert all("cache in 8 bits" in case.variant for case in cases)
         with with_kernels():
-            assert [check(case, timed=False).agrees for case in cases] == [True] * len(CONTEXTS)
+            assert [check(case, timed=False).agrees for case in cases] == [True] * count
     edit("mla_decode", lambda text: re.sub(*IN_8_BITS[fault], text))
     with with_kernels():
-        assert [check(case, timed=False).agrees for case in cases] == [False] * len(CONTEXTS)
+        assert [check(case, timed=False).agrees for case in cases] == [False] * count
 
 
 @pytest.mark.parametrize("op", launcher.OPS)
@@ -360,7 +364,8 @@ def test_another_kernel_text_is_checked_again(start: Start, edit: Edit) -> None:
     lines, _ = start()
     assert len(lines) == 1
     assert launcher._avoided == {"mla_decode"}
-    edit("mla_decode", lambda text: text.replace(" * 1.01f", ""))
+    for part in ("mla_decode", *LONG["mla_decode"]):
+        edit(part, lambda text: text.replace(" * 1.01f", ""))
     assert start()[0] == [], "repaired"
     edit("qmv", lambda text: text + "\n// the same in other words\n")
     assert start()[1] > 0

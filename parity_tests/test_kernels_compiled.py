@@ -281,9 +281,9 @@ def test_an_engine_has_what_it_will_launch_compiled(folder: Path, small_model: M
     with mock.patch.object(engine, "compile_ahead") as ahead:
         Engine(small_model)
     ((launches,), _) = ahead.call_args
-    assert {launch.op for launch, _ in launches} == {*launcher.OPS, "mla_merge", "expand"}
+    assert {launch.op for launch, _ in launches} == {*launcher.OPS, "mla_matrix", "mla_merge", "expand"}
     splits = {dict(launch.template)["SPLITS"] for launch, _ in launches if launch.op == "mla_merge"}
-    assert splits == {8, 16, 32, 52}  # of a cache of 256, 512, 1,024 rows, and of any larger one
+    assert splits == {8, 16, 32, 132}  # of a cache of 256, 512, 1,024 rows, and of any larger one
 
 
 def test_an_engine_without_cuda_records_nothing(small_model: Model) -> None:
@@ -305,7 +305,7 @@ def test_all_that_is_checked_is_compiled_before_the_first_check(folder: Path, sm
 
     with mock.patch.object(self_test._Memory, "check", check), mock.patch.object(self_test, "compile_ahead", ahead):
         assert self_test.leave_broken_kernels(small_model) == []
-        assert done[0] == {*launcher.OPS, "mla_merge", "expand"}
+        assert done[0] == {*launcher.OPS, "mla_matrix", "mla_merge", "expand"}
         assert len(done) > 10
         count = len(done)
         assert self_test.leave_broken_kernels(small_model) == []

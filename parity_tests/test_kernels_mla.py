@@ -11,8 +11,8 @@ from kernels import launcher
 from kernels.mla_decode import (
     HEADS_AT_ONCE,
     MANY_ROWS,
+    MATRIX_HEADS,
     MATRIX_ROWS,
-    MATRIX_SHAPES,
     MATRIX_THREADGROUPS,
     MAX_LATENT,
     MAX_SPLITS,
@@ -68,7 +68,7 @@ MATRIX = [
     Mla((1, 8, 9, 16, 17, 20)[i % 6], context, *MATRIX_WIDTHS[i % 4], tokens=min(context, 1 + (3 * i) % 8),
         room=(MATRIX_ROWS, MANY_ROWS)[i % 3 == 1], dtype=DTYPES[1 + i % 2])
     for i, context in enumerate(sorted({1, 2, 7} | {edge + d for edge in EDGES for d in (-1, 0, 1, 5)}))
-] + [Mla(MATRIX_SHAPES[0][0] + 8, 45, 64, 16, dtype=mx.float16, room=MATRIX_ROWS, tokens=8, before=24)]  # fmt: skip
+] + [Mla(MATRIX_HEADS + 8, 45, 64, 16, dtype=mx.float16, room=MATRIX_ROWS, tokens=8, before=24)]  # fmt: skip
 
 
 @pytest.mark.parametrize("case", [*CASES, *MOSTLY_EMPTY, *V_B, *MATRIX], ids=str)
