@@ -152,7 +152,8 @@ def markdown(reports: Sequence[Report]) -> str:
             rows = list(SCRIPTS[report.content["script"]](report.content))
             machine, _ = report.machine, report.told
         for row in rows:
-            key = report.content["script"], machine, row.what, row.context, row.by
+            # Rows with a prompt are others than those of random contexts.
+            key = report.content["script"], machine, row.what, row.context, row.by, bool(row.prompt)
             latest.pop(key, None)  # the later one takes its own place
             latest[key] = report, row
     if not latest:
@@ -274,7 +275,8 @@ SCRIPTS: dict[str, Callable[[Mapping[str, Any]], Iterator[Row]]] = {
 
 def _model(content: Mapping[str, Any]) -> str:
     model = content["model"]
-    return f"{model['name']}, {model['mix']}, {model['layers']} layers, {model['activations']}"
+    cache = ", cache in 8 bits" if model.get("cache") == "8-bit" else ""
+    return f"{model['name']}, {model['mix']}, {model['layers']} layers, {model['activations']}{cache}"
 
 
 def _speed(row: Mapping[str, Any]) -> str:

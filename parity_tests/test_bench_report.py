@@ -146,6 +146,20 @@ def test_a_later_measurement_takes_the_place_of_an_earlier_one(folder: Path) -> 
     assert ["a.json" in rows[0][-1], "z.json" in rows[2][-1]] == [True, True]
 
 
+def test_other_caches_and_contexts_have_rows_of_their_own(folder: Path) -> None:
+    put(folder, "a.json", results([decoded()]))
+    for day, name, changes in (
+        ("2027-02-01", "b.json", {"model": {**results([])["model"], "cache": "8-bit"}}),
+        ("2027-02-02", "c.json", {"rows": [decoded(fill="random", prefill_tok_s=None)]}),
+    ):
+        put(folder, name, results([decoded()], conditions=conditions_of(date=day)) | changes)
+    rows = table(folder)
+    assert [row[1] for row in rows] == [
+        f"small.gguf, q4_0, 6 layers, bfloat16{more}" for more in ("", ", cache in 8 bits", "")
+    ]
+    assert [row[5] for row in rows] == ["1,234", "1,234", ""]
+
+
 def test_other_scripts_have_no_row_and_are_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     put(folder, "parity.json", {"tests": {}})
     put(folder, "list.json", [1])
