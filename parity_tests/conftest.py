@@ -2,10 +2,12 @@
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import mlx.core as mx
 import pytest
@@ -14,6 +16,8 @@ from rich.table import Table
 
 from bench.conditions import commit
 from glm_mlx.make_tiny import TinySpec, make_tiny
+from kernels.compiled import compile_ahead
+from kernels.launcher import Launch
 from parity_tests import budgets
 
 MakeModel = Callable[[TinySpec], Path]
@@ -31,8 +35,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _device(pytestconfig: pytest.Config) -> None:
-    mx.set_default_device(mx.gpu if pytestconfig.getoption("--device") == "gpu" else mx.cpu)
+def _device(pytestconfig: pytest.Config) -> Iterator[None]:
+    on_gpu = pytestconfig.getoption("--device") == "gpu"
+    mx.set_default_device(mx.gpu if on_gpu else mx.cpu)
+    with mock.patch.object(Launch, "__call__", _compiled_ahead) if on_gpu else nullcontext():
+        yield
+
+
+def _compiled_ahead(launch: Launch, *arrays: mx.array) -> list[mx.array]:
+    """MLX on CUDA would take several times as long to compile each of a thousand kernels, in every process anew."""
+    if id(launch) not in _seen:
+        _seen[id(launch)] = launch
+        compile_ahead([(launch, arrays)])
+    return _launch(launch, *arrays)
+
+
+_launch, _seen = Launch.__call__, dict[int, Launch]()
 
 
 @pytest.fixture
