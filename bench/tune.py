@@ -25,6 +25,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -37,7 +38,7 @@ import mlx.core as mx
 from bench import ab, op_cases, script
 from bench.conditions import conditions, describe
 from bench.op_cases import Case, Contestant
-from bench.op_timing import Link, Row, measure
+from bench.op_timing import Link, Row, compile_first, measure
 from bench.paired import LEAST_PAIRS, Effect, judge
 from bench.sides import with_table
 from bench.timing import summarize
@@ -189,6 +190,7 @@ class Search:
             mx.eval(self.expected)
         run = self._way(shape)
         try:
+            compile_first(partial(run, self.case.x, 0))
             for i in sets:
                 got, again = list(run(self.case.x, i)), list(run(self.case.x, i))
                 mx.eval(got, again)
