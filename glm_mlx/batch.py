@@ -6,6 +6,8 @@ import mlx.core as mx
 
 from glm_mlx.engine import prefill_chunk
 from glm_mlx.model import Model
+from kernels import wide
+from kernels.wide import LEAST_TOKENS
 
 
 class Batch:
@@ -17,18 +19,24 @@ class Batch:
     """
 
     def __init__(self, model: Model, sequences: int, chunk: int | None = None):
+        if sequences < 1:
+            raise ValueError(f"a batch of {sequences} sequences; at least one is needed")
         self.model = model
         self.cache = model.new_batch_cache(sequences)
-        self.chunk = max(1, (chunk or prefill_chunk(model.dtype)) // sequences)
+        # Not so few of each sequence that a GPU's matrix units are left unused.
+        self.chunk = max(1, chunk // sequences) if chunk else max(LEAST_TOKENS, prefill_chunk(model.dtype) // sequences)
 
     def __call__(self, new: Sequence[Sequence[int]]) -> mx.array:
         """The logits of each sequence's last token, (B, vocabulary). Every sequence gets one token at least.
 
-        Raises InputError where the cache is full; it then holds the tokens of the chunks before.
+        Raises InputError where the cache is full, as the model's context is. What was read before, here and on Ctrl-C,
+        is kept: of each sequence as many of its tokens as the chunks before held.
         """
         lengths, cache = [len(tokens) for tokens in new], self.cache
         if len(lengths) != len(cache.offsets) or not all(lengths):
             raise ValueError(f"tokens for {len(cache.offsets)} sequences, at least one each, and not {lengths}")
+        if not all(0 <= token < self.model.cfg.vocab_size for tokens in new for token in tokens):
+            raise ValueError(f"a token id outside 0 to {self.model.cfg.vocab_size - 1}")
         ends = [offset + length for offset, length in zip(cache.offsets, lengths, strict=True)]
         longest = max(lengths)
         padded = mx.array([[*tokens, *[0] * (longest - len(tokens))] for tokens in new], mx.int32)
@@ -45,4 +53,5 @@ class Batch:
                 mx.eval(last, [rows for rows in cache.rows if rows is not None])
         finally:  # Ctrl-C may come between two chunks, and padding is no sequence's
             cache.keep(ends)
+            wide.finish()
         return self.model.logits(last[:, None])[:, 0]

@@ -256,7 +256,7 @@ class Model:
         return LatentCache(self.cfg.num_layers, self.row_format)
 
     def new_batch_cache(self, sequences: int) -> BatchCache:
-        return BatchCache(self.cfg.num_layers, self.row_format, sequences)
+        return BatchCache(self.cfg.num_layers, self.row_format, sequences, limit=self.cfg.context_length)
 
     def embed(self, tokens: mx.array) -> mx.array:
         """(B, L) -> (B, L, D)"""

@@ -15,7 +15,7 @@ from kernels.launcher import Recorded
 from kernels.planes import QuantizedTensor
 
 # Rows: what a cache begins with, and enough for each of the launches that longer contexts have.
-CONTEXTS = (STEP, 9 * STEP, 65 * STEP)
+CONTEXTS = (STEP, 8 * STEP, 64 * STEP)
 CHUNK = 4  # tokens; for more than one token each kernel is compiled anew
 
 

@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 NVIDIA = Path("/proc/driver/nvidia/gpus")  # of the driver on Linux: a folder for each GPU
+DRIVER = Path("/proc/driver/nvidia/version")  # one driver may not take what another's compiler made
 
 
 def cache_folder() -> Path:
@@ -32,7 +33,8 @@ def compiled_folder() -> Path | None:
             return None
         # Of several kinds of GPUs, those that this process may use.
         used = os.environ.get("CUDA_VISIBLE_DEVICES") if len(models) > 1 else None
-        digest = hashlib.sha256(repr((models, used)).encode()).hexdigest()[:8]
+        driver = DRIVER.read_text() if DRIVER.exists() else ""
+        digest = hashlib.sha256(repr((models, used, driver)).encode()).hexdigest()[:8]
         folder = cache_folder().absolute() / "cuda" / f"mlx-{version('mlx')}-{digest}"
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, PackageNotFoundError):

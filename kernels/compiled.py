@@ -7,7 +7,7 @@ the whole text: another text never meets it. Source: MLX 0.32.4, mlx/backend/cud
 
 Of the headers that MLX includes our text needs a few names; without the rest NVRTC makes the same machine code in a
 seventh of the time. Whatever is amiss (another MLX, no headers, a folder that cannot be written) leaves it to MLX, and
-so does a text at which NVRTC once took its process down.
+so does, once, a text at which NVRTC took its process down.
 """
 
 import ctypes
@@ -67,7 +67,10 @@ def compile_ahead(launches: Iterable[Recorded]) -> int:
         return 0
     kinds = {(id(launch), *(a.dtype for a in arrays)): (launch, arrays) for launch, arrays in list(launches)}
     modules = {m.file: m for launch, arrays in kinds.values() if (m := _module(folder, launch, arrays))}
-    missing = [m for m in modules.values() if not m.file.with_suffix(".ptx").exists() and not _died(m)]
+    try:
+        missing = [m for m in modules.values() if not _is_kept(m) and not _died(m)]
+    except OSError:  # of a folder that cannot be read
+        return 0
     if not missing:
         return 0
     options = (*OPTIONS, f"--gpu-architecture={architecture()}", *(f"--include-path={p}" for p in include_folders()))
@@ -114,10 +117,21 @@ def _module(folder: Path, launch: Launch, arrays: Sequence[mx.array]) -> Module 
     return Module(folder / file, f"mlx::core::cu::{entry[1]}", text) if entry and len(file) <= LONGEST_NAME else None
 
 
+def _is_kept(module: Module) -> bool:
+    """With its names: without them MLX would take it for whole, and find no kernel in it."""
+    files = [module.file.with_suffix(suffix) for suffix in (".txt", ".ptx")]
+    return all(file.exists() and file.stat().st_size > 0 for file in files)
+
+
 def _died(module: Module) -> bool:
-    """Whether a process ended while it compiled this."""
-    left = module.file.parent.glob(f"{module.file.name}.[0-9]*")
-    return any(not psutil.pid_exists(int(mark.suffix[1:])) for mark in left)
+    """Whether a process ended while it compiled this. It is then left to MLX once: the process may have been killed."""
+    died = False
+    for mark in module.file.parent.glob(f"{module.file.name}.[0-9]*"):
+        number = mark.suffix[1:]
+        if number.isdigit() and len(number) < 10 and not psutil.pid_exists(int(number)):
+            mark.unlink(missing_ok=True)
+            died = True
+    return died
 
 
 def _keep(module: Module, nvrtc: ctypes.CDLL, options: Sequence[str]) -> bool:

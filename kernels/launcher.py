@@ -295,7 +295,7 @@ def _included(op: str, text: str) -> str:
     if re.search(r'["\\\n]', str(file)):
         return text
     try:
-        if not file.exists() or file.read_text() != text:
+        if not file.exists() or file.read_bytes() != text.encode():
             file.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as new:
                 new.write(text)

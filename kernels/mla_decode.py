@@ -393,7 +393,8 @@ def _vectors(back_end: launcher.BackEnd, a: _Attention) -> tuple[launcher.Launch
 def _takes_matrices(a: _Attention) -> bool:
     """Whether `mla_matrix` reads such rows, and there may be enough of them that it is faster."""
     whole = a.latent_dim % (8 * MATRIX_SIMDGROUPS) == 0 and a.rope_dim % 8 == 0
-    fits = 4 * _matrix_shared(a, MANY_HEADS) <= launcher.MAX_THREADGROUP_BYTES
+    heads = MANY_HEADS if a.room >= MANY_ROWS else MATRIX_HEADS
+    fits = 4 * _matrix_shared(a, heads) <= launcher.MAX_THREADGROUP_BYTES
     return whole and fits and a.room >= MATRIX_ROWS and a.stored == a.dtype != mx.float32
 
 

@@ -20,7 +20,7 @@ Queries, keys, scores and probabilities are float16: three bits more than bfloat
 
 MLX allocates when it hands work over, and frees when the GPU has done it: a host that runs ahead would have the
 expanded experts of many layers in memory. So the products with `TILES` experts, each turn of attention and each layer
-are `start`ed, and fewer than `UNDER_WAY` of them are not done when more is handed over; with two the GPU would wait for
+are `start`ed, and `UNDER_WAY` of them at most are not done when more is handed over; with one the GPU would wait for
 the host. What a turn made and nobody wants is freed when all of it is done, by another thread of MLX's, which is late:
 so turns are kept small.
 """
@@ -34,7 +34,7 @@ from kernels.rows import RowFormat
 LEAST_TOKENS = 64  # from which on expanding a weight is cheaper than its float32 matmul
 TILES = 16  # whose experts are expanded at once: two matrices of 100 MB of GLM-4.7-Flash
 SCORES = 40 << 20  # values of 2 bytes
-UNDER_WAY = 4  # turns at most
+UNDER_WAY = 3  # turns at most, beside the one that is handed over
 ALIVE = 5  # turns whose memory may not be free yet
 QUERIES = 512  # of each head and sequence, at once
 UNPACKED = 8192  # rows of the cache that are in 8 bits, at once
@@ -61,12 +61,17 @@ def by_tile(x: mx.array, w: Weight, experts: mx.array) -> mx.array:
 
 
 def start(result: mx.array) -> mx.array:
-    """Hands over the work for a result, and waits until fewer than `UNDER_WAY` are not done."""
+    """Hands over the work for a result, and waits until no more than `UNDER_WAY` are not done."""
     mx.async_eval(result)
     _started.append(result)
-    while len(_started) >= UNDER_WAY:
+    while len(_started) > UNDER_WAY:
         mx.eval(_started.pop(0))
     return result
+
+
+def finish() -> None:
+    """Nothing more is to be waited for: what was started may go."""
+    _started.clear()
 
 
 def attend(q_latent: mx.array, q_pe: mx.array, rows: mx.array, scale: float) -> mx.array:
@@ -107,7 +112,8 @@ def _unpacked(rows: mx.array, row_format: RowFormat) -> mx.array:
     keys = mx.zeros((rows.shape[0], count, row_format.values), mx.float16)
     for begin in range(0, count, UNPACKED):
         some = slice(begin, begin + UNPACKED)
-        keys[:, some] = row_format.load(rows[:, some], mx.float16)  # in place: nobody else holds the array
+        # In place: `start` holds the same object, which changes with it.
+        keys[:, some] = row_format.load(rows[:, some], mx.float16)
         start(keys)
     return keys
 
