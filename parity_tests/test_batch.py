@@ -112,3 +112,18 @@ def test_a_batch_is_refused_past_its_limit_and_without_tokens(model_file: MakeMo
     with pytest.raises(InputError, match="context of 8 tokens is full"):
         batch([[1] * 9, [2] * 2])
     assert batch.cache.offsets == [8, 2]
+
+
+def test_a_batch_ends_with_the_models_context(model_file: MakeModel) -> None:
+    model = load_model(model_file(VARIANTS[GLM]), mx.float32).model
+    assert Batch(model, 2).cache.limit == model.cfg.context_length
+    with pytest.raises(ValueError, match="a batch of 0 sequences"):
+        Batch(model, 0)
+    with pytest.raises(ValueError, match=f"a token id outside 0 to {model.cfg.vocab_size - 1}"):
+        Batch(model, 2)([[1], [model.cfg.vocab_size]])
+
+
+def test_many_sequences_are_read_by_chunks_that_matrix_units_take(model_file: MakeModel) -> None:
+    model = load_model(model_file(VARIANTS[GLM]), mx.float32).model
+    assert [Batch(model, n).chunk for n in (1, 4, 8, 100)] == [512, 128, 64, 64]
+    assert Batch(model, 4, chunk=8).chunk == 2

@@ -187,7 +187,7 @@ def test_names_come_before_the_code_and_both_in_one_step(folder: Path, monkeypat
     assert seen == [[".txt"], [".ptx"]]
 
 
-def test_what_took_a_process_down_is_left_to_mlx(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_took_a_process_down_is_left_to_mlx_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compile_one, marks = compiled._compile, list[str]()
 
     def noting(*arguments: Any) -> Any:
@@ -207,7 +207,20 @@ def test_what_took_a_process_down_is_left_to_mlx(folder: Path, monkeypatch: pyte
     ended = subprocess.Popen(["true"])
     ended.wait()
     (folder / mark).with_suffix(f".{ended.pid}").touch()
+    (folder / mark).with_suffix(".123.bak").touch()  # of somebody else
     assert compile_ahead(recorded(SMALL, *OTHERS)) == 2
+    assert compile_ahead(recorded(SMALL, *OTHERS)) == 1
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".ptx"])
+def test_half_of_what_mlx_reads_is_compiled_again(suffix: str, folder: Path) -> None:
+    assert compile_ahead(recorded(SMALL)) == 1
+    (file,) = folder.glob(f"*{suffix}")
+    file.unlink()
+    assert compile_ahead(recorded(SMALL)) == 1
+    file.write_bytes(b"")
+    assert compile_ahead(recorded(SMALL)) == 1
+    assert compile_ahead(recorded(SMALL)) == 0
 
 
 def _raise(*_: Any) -> Any:
