@@ -68,7 +68,7 @@ def test_three_tokens_of_the_small_model(tmp_path: Path) -> None:
     assert model["name"] == "small.gguf"
     assert len(model["header_sha256"]) == 64
     assert sum(model["bytes_by_type"].values()) == 5749568
-    assert report["primitives_a_token"]["twins"]["QuantizedMatmul"] > 40
+    assert report["primitives_a_token"]["twins"]["QuantizedMatmul"] > 30
 
 
 @pytest.mark.usefixtures("quick")

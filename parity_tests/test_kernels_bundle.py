@@ -146,7 +146,7 @@ def test_a_model_on_a_gpu_moves_what_each_launch_reads_into_one_array(
 
 
 def cuda_header(monkeypatch: pytest.MonkeyPatch, cache: Path) -> str:
-    """What the launcher gives to MLX's CUDA back end as the header of a kernel."""
+    """What the launcher gives to MLX's CUDA back end as the header of a kernel, less the line that names the GPU."""
     given: dict[str, Any] = {}
 
     def back_end(**options: Any) -> Callable[..., list[mx.array]]:
@@ -165,7 +165,9 @@ def cuda_header(monkeypatch: pytest.MonkeyPatch, cache: Path) -> str:
         threadgroups=(1, 1, 1),
         simdgroups=1,
     )
-    return str(given["header"])
+    gpu, _, header = str(given["header"]).partition("\n")
+    assert gpu.startswith("// sm_")
+    return header
 
 
 def test_on_cuda_a_text_is_included_from_a_file_that_holds_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
