@@ -131,8 +131,8 @@ def test_reading_a_prompt_as_on_cuda_stays_within_the_planned_scratch(
     tensors = tensors_of(open_model(loaded.gguf.path).tensors)
     planned = plan_memory(loaded.config, tensors, mx.bfloat16, chunk, context, kv_bits).scratch
     print(f"{chunk} behind {before}, {kv_bits} bits: {taken / 1e6:.1f} MB of {planned / 1e6:.1f} MB planned")
-    # A CPU frees after each operation what a GPU frees a while after a turn: of five turns' two expanded matrices it has
-    # two to four. An H200 took 0.91 to 0.93 of the plan for 2,048 and 8,192 tokens.
+    # A CPU frees after each operation what a GPU frees a while after a turn: of the ten expanded matrices of five turns
+    # it has two to four. An H200 took 0.91 to 0.93 of the plan for 2,048 and 8,192 tokens.
     assert taken <= planned <= 3 * taken
 
 
