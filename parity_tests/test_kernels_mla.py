@@ -2,12 +2,14 @@
 
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
 from kernels import launcher
+from kernels import mla_decode as module
 from kernels.mla_decode import (
     HEADS_AT_ONCE,
     MANY_ROWS,
@@ -165,10 +167,13 @@ def test_what_is_not_finite_in_8_bits_stays_with_the_queries_that_see_it(value: 
     assert not np.isnan(float64(y)[0, 0]).any()
 
 
-# context, a row of it, dtype: float32 by vectors, bfloat16 by matrices
+# context, a row of it, dtype: float32 by vectors, bfloat16 by matrices (there 1047 is the last row of a split)
 FAR = [
     *((context, at, mx.float32) for context, at in [(100, 0), (100, 40), (100, 98), (2100, 2000)]),
-    *((context, at, mx.bfloat16) for context, at in [(100, 0), (100, 40), (100, 95), (100, 98), (2100, 2000)]),
+    *(
+        (context, at, mx.bfloat16)
+        for context, at in [(100, 0), (100, 40), (100, 95), (100, 98), (2100, 1047), (2100, 2000)]
+    ),
 ]
 
 
@@ -185,7 +190,11 @@ def attend(
     others = (own.astype(dtype), norm, wavelengths, cache, position)
     v_b = mx.repeat(mx.eye(64)[None], 5, axis=0)
     no_rope = (0 * mx.nan_to_num(q)).astype(dtype)
-    (y,) = run(lambda: [mla_decode(mx.array(q_latent).astype(dtype), no_rope, *others, 1.0, v_b)[0]], launches=2)
+    # Two splits and that of the last rows, so that a threadgroup of matrices goes through several turns of 32 rows.
+    with mock.patch.object(module, "MATRIX_THREADGROUPS", 3):
+        module._launches.cache_clear()
+        (y,) = run(lambda: [mla_decode(mx.array(q_latent).astype(dtype), no_rope, *others, 1.0, v_b)[0]], launches=2)
+    module._launches.cache_clear()
     return float64(y).reshape(5, 64)
 
 
