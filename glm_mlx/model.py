@@ -26,7 +26,7 @@ from kernels.embed import embed
 from kernels.experts_down import experts_down
 from kernels.experts_gate_up import experts_gate_up, swiglu_ops
 from kernels.mla_decode import attend_ops, latent_rows_ops, mla_decode, rope_ops
-from kernels.planes import Weight, bundled
+from kernels.planes import Bundle, Weight, bundled
 from kernels.prefill import moe_prefill, takes
 from kernels.qmv import Norm, absorb, merge_heads, norm_qmv, qmv, qmv_all, qmv_beside
 from kernels.route import Router, experts_of, weights_of
@@ -42,10 +42,10 @@ def no_tap(name: str, value: mx.array) -> None:
 
 
 class Weights:
-    """The weights below one name: `Weights(w, "layers.3.")["self_attn.o_proj"]`."""
+    """The weights below one name: `Weights(w, "layers.3.")["self_attn.o_proj"]`. bundle: where vectors may stand."""
 
-    def __init__(self, weights: MutableMapping[str, Weight], prefix: str):
-        self.weights, self.prefix = weights, prefix
+    def __init__(self, weights: MutableMapping[str, Weight], prefix: str, bundle: Bundle | None = None):
+        self.weights, self.prefix, self.of_vectors = weights, prefix, bundle
 
     def __getitem__(self, name: str) -> Weight:
         return self.weights[self.prefix + name]
@@ -56,14 +56,16 @@ class Weights:
     def get(self, name: str) -> Weight | None:
         return self.weights.get(self.prefix + name)
 
-    def bundle(self, *names: str) -> None:
-        """Put what one launch reads into one array, where launches are: the arrays that were there are dropped."""
+    def bundle(self, *names: str) -> Bundle | None:
+        """Put those that there are into one array, where launches are: the arrays that were there are dropped."""
         if mx.default_device() == mx.Device(mx.cpu):
-            return
+            return None
         present = [name for name in names if name in self]
-        for name, weight in zip(present, bundled([self[name] for name in present]), strict=True):
+        moved, bundle = bundled([self[name] for name in present])
+        for name, weight in zip(present, moved, strict=True):
             self.weights[self.prefix + name] = weight
         mx.clear_cache()  # of the arrays that were dropped; the next bundle has another size
+        return bundle
 
     def vector(self, name: str) -> mx.array:
         weight = self[name]
@@ -71,7 +73,7 @@ class Weights:
         return weight
 
     def norm(self, name: str, cfg: Config) -> Norm:
-        return Norm(self.vector(name), cfg.rms_norm_eps)
+        return Norm(self.vector(name), cfg.rms_norm_eps, self.of_vectors)
 
 
 @cache
@@ -106,8 +108,6 @@ class Attention:
 
     def __init__(self, cfg: Config, weights: Weights, layer: int, norm: Norm):
         self.cfg, self.layer, self.norm = cfg, layer, norm
-        for names in (("q_proj", "q_a_proj", "kv_a_proj"), ("q_b_proj",), ("k_b",), ("v_b",), ("o_proj",)):
-            weights.bundle(*names)
         self.q_proj = weights.get("q_proj")  # models without q_lora
         if self.q_proj is None:
             self.q_a_proj = weights["q_a_proj"]
@@ -169,8 +169,6 @@ class MLP:
 
     def __init__(self, weights: Weights, norm: Norm):
         self.norm = norm
-        weights.bundle("gate_proj", "up_proj")
-        weights.bundle("down_proj")
         self.gate_proj, self.up_proj, self.down_proj = (weights[f"{n}_proj"] for n in ("gate", "up", "down"))
 
     def __call__(self, x: mx.array, tap: Tap = no_tap) -> mx.array:
@@ -184,8 +182,9 @@ class MoE:
 
     def __init__(self, cfg: Config, weights: Weights, norm: Norm):
         self.norm = norm
-        weights.bundle(*(f"{owner}.{n}_proj" for owner in ("experts", "shared_experts") for n in ("gate", "up")))
-        weights.bundle("experts.down_proj", "shared_experts.down_proj")
+        owners = ("experts", "shared_experts")
+        weights.bundle("e_score_correction_bias", *(f"{owner}.{n}_proj" for owner in owners for n in ("gate", "up")))
+        weights.bundle(*(f"{owner}.down_proj" for owner in owners))
         self.gate = weights["gate"]
         bias = weights.vector("e_score_correction_bias") if "e_score_correction_bias" in weights else None
         scale = cfg.routed_scaling_factor
@@ -220,8 +219,18 @@ class MoE:
 
 
 class Block:
+    # What its launches read, but for the experts. What all layers have alike comes first, so that it begins at the same
+    # words in all, and the texts of their kernels are the same.
+    BUNDLE = (
+        *("input_layernorm", "post_attention_layernorm", "self_attn.q_a_layernorm", "self_attn.kv_a_layernorm"),
+        *(f"self_attn.{name}" for name in ("q_proj", "q_a_proj", "kv_a_proj", "q_b_proj", "k_b", "v_b", "o_proj")),
+        *(f"mlp.{name}" for name in ("gate", "gate_proj", "up_proj", "down_proj")),
+    )
+
     def __init__(self, cfg: Config, weights: Weights, layer: int):
-        attn = Weights(weights.weights, f"{weights.prefix}self_attn.")
+        bundle = weights.bundle(*self.BUNDLE)
+        weights = Weights(weights.weights, weights.prefix, bundle)
+        attn = Weights(weights.weights, f"{weights.prefix}self_attn.", bundle)
         mlp = Weights(weights.weights, f"{weights.prefix}mlp.")
         mlp_norm = weights.norm("post_attention_layernorm", cfg)
         self.self_attn = Attention(cfg, attn, layer, weights.norm("input_layernorm", cfg))
@@ -241,7 +250,8 @@ class Model:
     """`model.logits(model.hidden_states(tokens, cache))`, with tokens (B, L) and `cache` from `new_cache`, or from
     `new_batch_cache` for sequences of different lengths.
 
-    On a GPU the weights of each launch move into one array, and `weights` then holds views of it.
+    On a GPU the weights of each launch move into one array, of most launches of a layer into the same, and `weights`
+    then holds views of them.
     """
 
     def __init__(self, cfg: Config, weights: MutableMapping[str, Weight], dtype: mx.Dtype, kv_bits: KvBits = 16):

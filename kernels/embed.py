@@ -14,7 +14,7 @@ from functools import cache
 import mlx.core as mx
 
 from kernels import launcher
-from kernels.planes import Weight, dequantize_ops, values_if_kept
+from kernels.planes import Weight, dequantize_ops, planes, values_if_kept
 
 SIMDGROUPS = 4  # of a threadgroup
 
@@ -28,7 +28,7 @@ def embed(w: Weight, tokens: mx.array, dtype: mx.Dtype) -> mx.array:
     if back_end is None or not launcher.fits(w):
         return embed_ops(w, tokens, dtype)
     launch = _launch(back_end, tuple(tokens.shape), tokens.dtype, dtype, launcher.kind(w))
-    return launch(tokens, *launcher.planes(w))[0]
+    return launch(tokens, *planes(w))[0]
 
 
 @cache

@@ -53,6 +53,7 @@ def experts_down(
     if back_end is None or not whole or not launcher.fits(down, shared_down):
         return experts_down_ops(hidden, choice, down, shared_down, residual)
     matrices = [down] if shared_down is None else [down, shared_down]
+    layout, arrays = launcher.placed(*matrices)
     launch = _launch(
         back_end,
         tuple(hidden.shape),
@@ -60,10 +61,10 @@ def experts_down(
         None if residual is None else tuple(residual.shape),
         hidden.dtype,
         tuple(launcher.kind(w) for w in matrices),
-        launcher.layout(*matrices),
+        layout,
     )
     added = [] if residual is None else [residual]
-    return launch(hidden, choice, *added, *launcher.arrays(*matrices))[0]
+    return launch(hidden, choice, *added, *arrays)[0]
 
 
 @cache

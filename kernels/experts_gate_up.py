@@ -71,7 +71,7 @@ def experts_gate_up(
     matrices = [gate, up]
     if shared_gate is not None and shared_up is not None:
         matrices += [shared_gate, shared_up]
-    bias = [] if router.bias is None else [router.bias]
+    layout, arrays = launcher.placed(*matrices, *([] if router.bias is None else [router.bias]))
     launch = _launch(
         back_end,
         tuple(x.shape),
@@ -83,9 +83,9 @@ def experts_gate_up(
         router.scale,
         x.dtype,
         tuple(launcher.kind(w) for w in matrices),
-        launcher.layout(*matrices),
+        layout,
     )
-    hidden, choice = launch(x, router_logits, *bias, *launcher.arrays(*matrices))
+    hidden, choice = launch(x, router_logits, *arrays)
     return hidden, choice
 
 
@@ -141,8 +141,9 @@ def _launch(
     return launcher.prepare(
         back_end,
         "experts_gate_up",
-        inputs=["x", "router_logits", *["bias"] * with_bias],
+        inputs=["x", "router_logits"],
         weights=dict(zip(("GATE", "UP", "SHARED_GATE", "SHARED_UP"), kinds, strict=False)),
+        vectors=["bias"] * with_bias,
         layout=layout,
         outputs={
             "hidden": ((*lead, top_k * width + shared_width), dtype),

@@ -21,7 +21,7 @@ from typing import Any, TypeAlias, cast
 import mlx.core as mx
 
 from kernels.cache_folder import cache_folder
-from kernels.planes import QUANT_TYPES, QuantizedTensor, QuantType, Weight
+from kernels.planes import QUANT_TYPES, Bundle, QuantizedTensor, QuantType, Weight, planes
 
 HERE = Path(__file__).resolve().parent
 MAX_THREADS = 1024  # in a threadgroup
@@ -124,24 +124,19 @@ def fits(*weights: Weight | None) -> bool:
     )
 
 
-def planes(weight: Weight) -> tuple[mx.array, ...]:
-    return weight.planes if isinstance(weight, QuantizedTensor) else (weight,)
+def placed(*weights: Weight, bundle: Bundle | None = None) -> tuple[Layout | None, list[mx.array]]:
+    """Where the planes of each begin in the array that all of them share, and what a launch gets for them: that array.
+    Where they have arrays of their own: None, and those.
 
-
-def layout(*weights: Weight) -> Layout | None:
-    """Where the planes of each begin in the array that all of them share; None where they have arrays of their own."""
-    bundles = [w.bundle if isinstance(w, QuantizedTensor) else None for w in weights]
-    if bundles[0] is None or any(bundle is not bundles[0] for bundle in bundles):
-        return None
-    return tuple(w.begins for w in weights if isinstance(w, QuantizedTensor))
-
-
-def arrays(*weights: Weight) -> list[mx.array]:
-    """What a launch gets for these weights: the array that they share, or the planes of each."""
-    first = weights[0]
-    if layout(*weights) is not None and isinstance(first, QuantizedTensor) and first.bundle is not None:
-        return [first.bundle]
-    return [plane for w in weights for plane in planes(w)]
+    bundle: in which they may stand, if not that of the first one that is quantised.
+    """
+    bundle = bundle or next((w.bundle for w in weights if isinstance(w, QuantizedTensor)), None)
+    if bundle is not None:
+        begins = [bundle.begins(w) for w in weights]
+        layout = tuple(begin for begin in begins if begin is not None)
+        if len(layout) == len(weights):
+            return layout, [bundle.words]
+    return None, [plane for w in weights for plane in planes(w)]
 
 
 @dataclass(frozen=True)
@@ -161,7 +156,7 @@ class Launch:
     output_dtypes: list[mx.Dtype]
 
     def __call__(self, *arrays: mx.array) -> list[mx.array]:
-        """`arrays`: the plain inputs, then what `arrays` says of the weights, in the order that `prepare` was given."""
+        """`arrays`: the plain inputs, then what `placed` says of weights and vectors, in the order of `prepare`."""
         if _recorded is not None:
             _recorded.append((self, arrays))
             return [mx.zeros(*output) for output in zip(self.output_shapes, self.output_dtypes, strict=True)]
@@ -197,6 +192,7 @@ def prepare(
     weights: Mapping[str, Kind],
     outputs: Mapping[str, tuple[tuple[int, ...], mx.Dtype]],
     template: Mapping[str, int | bool | mx.Dtype],
+    vectors: Sequence[str] = (),
     layout: Layout | None = None,
     threadgroups: tuple[int, int, int],
     simdgroups: int,
@@ -208,7 +204,8 @@ def prepare(
     """The launch of `<op>.metal` with so many threadgroups of so many simdgroups.
 
     weights: by the name that the text has for each, in capitals; its planes become inputs, or with `layout` the one
-    array that holds them all. defines: more names for the text. helpers: an op whose header it has too. Raises
+    array that holds them all. vectors: such as have no name but that of their pointer to float, and stand in the layout
+    behind the weights. defines: more names for the text. helpers: an op whose header it has too. Raises
     KernelRefusedError, naming the op, for what Metal or CUDA could not run.
 
     writes: inputs that the kernel writes, which the text says too: its first line is `// writes: `, then their names
@@ -227,7 +224,11 @@ def prepare(
             types = zip(kind_planes.values(), layout[i], strict=True)
             pointers = [f"(const device {plane_type}*)(bundle + {begin})" for plane_type, begin in types]
         lines.append(f"#define {name} {struct}{{{', '.join(pointers)}}}\n")
-    if layout is not None:
+    if layout is None:
+        names += vectors
+    else:
+        places = zip(vectors, layout[len(weights) :], strict=True)
+        lines += [f"#define {name} ((const device float*)(bundle + {begin}))\n" for name, (begin,) in places]
         names.append("bundle")
     threads = simdgroups * LANES
     if not 0 < threads <= MAX_THREADS:

@@ -205,6 +205,8 @@ def mla_decode(
     if back_end is None or not _fits(q_latent, kv_a, cache) or not launcher.fits(v_b):
         return mla_decode_ops(q_latent, q, kv_a, norm, wavelengths, cache, position, scale, v_b)
     rows = cache.shape[1]
+    norm_layout, norm_arrays = launcher.placed(norm.weight, bundle=norm.bundle)
+    v_b_layout, v_b_arrays = launcher.placed(v_b)
     attend, merge = _launches(
         back_end,
         heads,
@@ -218,11 +220,12 @@ def mla_decode(
         cache.dtype,
         norm.eps,
         scale,
+        norm_layout,
         launcher.kind(v_b),
-        launcher.layout(v_b),
+        v_b_layout,
     )
-    (partial,) = attend(q_latent, q, kv_a, norm.weight, wavelengths, cache, position)
-    return merge(partial, *launcher.arrays(v_b))[0], cache
+    (partial,) = attend(q_latent, q, kv_a, wavelengths, cache, position, *norm_arrays)
+    return merge(partial, *v_b_arrays)[0], cache
 
 
 def _fits(q_latent: mx.array, kv_a: mx.array, cache: mx.array) -> bool:
@@ -247,8 +250,9 @@ def _launches(
     stored: mx.Dtype,
     eps: float,
     scale: float,
+    norm_layout: launcher.Layout | None,
     v_b: launcher.Kind,
-    layout: launcher.Layout | None,
+    v_b_layout: launcher.Layout | None,
 ) -> tuple[launcher.Launch, launcher.Launch]:
     """`room`: rows of the cache, to a power of 2."""
     what = f"{heads} heads, {latent_dim} + {rope_dim}, {room} rows" + " in 8 bits" * (stored == mx.uint8)
@@ -256,7 +260,19 @@ def _launches(
     fits = v_b[1] == (heads, values, latent_dim)
     launcher.require("mla_decode", (fits, f"v_b of shape {v_b[1]} for {heads} heads of {latent_dim} values"))
     attention = _Attention(
-        heads, length, latent_dim, rope_dim, qk_head_dim - rope_dim, kv_a_dim, room, dtype, stored, eps, scale, what
+        heads,
+        length,
+        latent_dim,
+        rope_dim,
+        qk_head_dim - rope_dim,
+        kv_a_dim,
+        room,
+        dtype,
+        stored,
+        eps,
+        scale,
+        norm_layout,
+        what,
     )
     attend_by = _matrices if _takes_matrices(attention) else _vectors
     attend, splits, merge_rows, merge_simdgroups = attend_by(back_end, attention)
@@ -266,7 +282,7 @@ def _launches(
         "mla_merge",
         inputs=["partial"],
         weights={"V_B": v_b},
-        layout=layout,
+        layout=v_b_layout,
         outputs={"y": ((1, length, heads * values), dtype)},
         template={
             "T": dtype,
@@ -300,6 +316,7 @@ class _Attention:
     stored: mx.Dtype
     eps: float
     scale: float
+    norm_layout: launcher.Layout | None
     what: str
 
     @property
@@ -321,9 +338,11 @@ class _Attention:
         return launcher.prepare(
             back_end,
             op,
-            inputs=["q_latent", "q", "kv_a", "norm_weight", "wavelengths", "cache", "position"],
+            inputs=["q_latent", "q", "kv_a", "wavelengths", "cache", "position"],
             writes=["cache"],
             weights={},
+            vectors=["norm_weight"],
+            layout=self.norm_layout,
             # Of each split its sums, largest score and sum of exponentials, and two zeros, which align the next.
             outputs={"partial": ((self.heads, self.length, splits, self.latent_dim + 4), mx.float32)},
             template={

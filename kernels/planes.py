@@ -67,7 +67,7 @@ class QuantizedTensor:
     scales: mx.array  # (..., rows, cols / 32 or 256) float16
     mins: mx.array | None = None  # as scales
     sub_scales: mx.array | None = None  # (..., rows, cols / 256 * 12) uint8, or (..., rows, cols / 16) int8 for Q6_K
-    bundle: mx.array | None = None  # (words,) uint32 that hold these planes and those of other weights: see `bundled`
+    bundle: "Bundle | None" = None  # in which these planes stand
     begins: tuple[int, ...] = ()  # where in it each plane begins, in words
     affine: tuple[Affine, ...] = ()  # where it is kept: see `kernels.qmv.with_affine`
     values: mx.array | None = None  # the same in float32, where they are kept: see `kernels.qmv.with_values`
@@ -96,40 +96,68 @@ Weight: TypeAlias = QuantizedTensor | mx.array
 BUNDLE_WORDS = 64  # planes begin at multiples of it: 256 bytes, two lines of a cache
 
 
-def bundled(weights: Sequence[Weight]) -> list[Weight]:
-    """The same weights, evaluated, with the planes of all that are quantised in one array.
+@dataclass(frozen=True)
+class Bundle:
+    """Weights in one array, words (n,) uint32. dense: those that are no `QuantizedTensor`, and the word where each
+    begins."""
 
-    For the weights of one launch: each array that a launch gets costs the host as much as half a microsecond
-    (bench/LOG.md). Nothing changes where planes are not whole words. While this runs the weights stand in memory twice.
+    words: mx.array
+    dense: tuple[tuple[mx.array, int], ...]
+
+    def begins(self, w: Weight) -> tuple[int, ...] | None:
+        """Where each plane of a weight begins, in words; None if it does not stand here."""
+        if isinstance(w, QuantizedTensor):
+            return w.begins if w.bundle is self else None
+        return next(((begin,) for array, begin in self.dense if array is w), None)
+
+
+def planes(w: Weight) -> tuple[mx.array, ...]:
+    return w.planes if isinstance(w, QuantizedTensor) else (w,)
+
+
+def bundled(weights: Sequence[Weight]) -> tuple[list[Weight], Bundle | None]:
+    """The same weights, evaluated, as views of one array; and that array.
+
+    For what one launch reads, or launches that follow each other: every array that a launch gets costs the host half a
+    microsecond to one, the more if no launch shortly before it got the same (bench/LOG.md). A weight that is not whole
+    words stays what it is. While this runs the weights stand in memory twice.
     """
-    quantized = [w for w in weights if isinstance(w, QuantizedTensor)]
-    planes = [plane for w in quantized for plane in w.planes]
-    if not planes or any(plane.nbytes % 4 for plane in planes):
-        return list(weights)
+    movable = [all(plane.nbytes % 4 == 0 for plane in planes(w)) for w in weights]
+    if not any(movable):
+        return list(weights), None
     parts, begins, end = [], [], 0
-    for plane in planes:
+    for plane in [plane for w, moves in zip(weights, movable, strict=True) if moves for plane in planes(w)]:
         begins.append(end)
         parts += [plane.reshape(-1).view(mx.uint32), mx.zeros(-plane.nbytes // 4 % BUNDLE_WORDS, mx.uint32)]
         end += sum(part.size for part in parts[-2:])
-    bundle = mx.concatenate(parts)
+    words = mx.concatenate(parts)
     places = iter(begins)
 
-    def moved(w: QuantizedTensor) -> QuantizedTensor:
-        own = tuple(next(places) for _ in w.planes)
-        views = iter(
-            [
-                bundle[begin : begin + plane.nbytes // 4].view(plane.dtype).reshape(plane.shape)
-                for begin, plane in zip(own, w.planes, strict=True)
-            ]
-        )
-        quants, scales = next(views), next(views)
-        mins = None if w.mins is None else next(views)
-        sub_scales = None if w.sub_scales is None else next(views)
-        return QuantizedTensor(w.type, w.shape, quants, scales, mins, sub_scales, bundle, own)
+    def view(plane: mx.array) -> tuple[mx.array, int]:
+        begin = next(places)
+        return words[begin : begin + plane.nbytes // 4].view(plane.dtype).reshape(plane.shape), begin
 
-    moves = [moved(w) if isinstance(w, QuantizedTensor) else w for w in weights]
-    mx.eval(bundle, [w.planes for w in moves if isinstance(w, QuantizedTensor)])
-    return moves
+    views = [[view(plane) for plane in planes(w)] if moves else [] for w, moves in zip(weights, movable, strict=True)]
+    mx.eval(words, [array for of_one in views for array, _ in of_one])
+    dense = [of_one[0] for w, of_one in zip(weights, views, strict=True) if of_one and isinstance(w, mx.array)]
+    bundle = Bundle(words, tuple(dense))
+
+    def moved(w: Weight, of_one: list[tuple[mx.array, int]]) -> Weight:
+        if isinstance(w, mx.array):
+            return of_one[0][0]
+        arrays = iter([array for array, _ in of_one])
+        return QuantizedTensor(
+            w.type,
+            w.shape,
+            next(arrays),
+            next(arrays),
+            None if w.mins is None else next(arrays),
+            None if w.sub_scales is None else next(arrays),
+            bundle,
+            tuple(begin for _, begin in of_one),
+        )
+
+    return [moved(w, of_one) if of_one else w for w, of_one in zip(weights, views, strict=True)], bundle
 
 
 def _k_scales_mins(sub: mx.array) -> tuple[mx.array, mx.array]:

@@ -43,7 +43,16 @@ from functools import cache, cached_property
 import mlx.core as mx
 
 from kernels import launcher, wide
-from kernels.planes import GROUP, Affine, QuantizedTensor, Weight, dequantize_ops, group_scales, values_if_kept
+from kernels.planes import (
+    GROUP,
+    Affine,
+    Bundle,
+    QuantizedTensor,
+    Weight,
+    dequantize_ops,
+    group_scales,
+    values_if_kept,
+)
 from kernels.shapes import launch_shape, matrix_names
 
 DEPTH = 8  # chunks that a lane loads in one go, at most
@@ -54,10 +63,11 @@ MANY_ROWS = 8192  # with as many, twice the rows: norm and x are worked out once
 
 @dataclass(frozen=True)
 class Norm:
-    """RMSNorm of (..., cols): weight (cols,) float32."""
+    """RMSNorm of (..., cols): weight (cols,) float32, which may stand in a bundle."""
 
     weight: mx.array
     eps: float
+    bundle: Bundle | None = None
 
     def __call__(self, x: mx.array) -> mx.array:
         if x.dtype == mx.float32 and x.ndim == 3 and mx.default_device() == mx.Device(mx.cpu):
@@ -119,6 +129,10 @@ def _qmv(
         ys = [y if residual is None else residual + y for y in ys]
         return [*ys, normed.astype(x.dtype)] if normed_too else ys
     kinds = tuple(launcher.kind(w) for w in weights)
+    if norm is None:
+        layout, arrays = launcher.placed(*weights)
+    else:
+        layout, arrays = launcher.placed(*weights, norm.weight, bundle=norm.bundle)
     launch = _launch(
         back_end,
         1,
@@ -127,16 +141,13 @@ def _qmv(
         x.dtype,
         dtype,
         kinds,
-        launcher.layout(*weights),
+        layout,
         None if norm is None else norm.eps,
         normed_too,
         None if residual is None else residual.size,
         beside,
     )
-    extra = [] if norm is None else [norm.weight]
-    if residual is not None:
-        extra.append(residual)
-    return launch(x, *extra, *launcher.arrays(*weights))
+    return launch(x, *([] if residual is None else [residual]), *arrays)
 
 
 def absorb(q: mx.array, k_b: Weight) -> mx.array:
@@ -178,9 +189,10 @@ def _heads(
     back_end: launcher.BackEnd, x: mx.array, w: Weight, lead: tuple[int, ...], strides: tuple[int, int, int, int]
 ) -> mx.array:
     kind, (heads, rows, cols) = launcher.kind(w)
-    kinds, layout = ((kind, (rows, cols)),), launcher.layout(w)
+    layout, arrays = launcher.placed(w)
+    kinds = ((kind, (rows, cols)),)
     launch = _launch(back_end, heads, strides, lead, x.dtype, x.dtype, kinds, layout, None, False, None)
-    return launch(x, *launcher.arrays(w))[0]
+    return launch(x, *arrays)[0]
 
 
 def _lanes(kind: str, cols: int) -> int:
@@ -247,8 +259,9 @@ def _launch(
     return launcher.prepare(
         back_end,
         "qmv",
-        inputs=["x", *["norm_weight"] * (eps is not None), *["residual"] * with_residual],
+        inputs=["x", *["residual"] * with_residual],
         weights={f"W{i}": kind for i, kind in enumerate(kinds)},
+        vectors=["norm_weight"] * (eps is not None),
         layout=layout,
         outputs=outputs,
         template={

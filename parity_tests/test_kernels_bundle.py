@@ -15,32 +15,32 @@ from kernels import launcher
 from kernels.experts_down import experts_down
 from kernels.experts_gate_up import experts_gate_up
 from kernels.mla_decode import mla_decode
-from kernels.planes import QUANT_TYPES, QuantizedTensor, Weight, bundled, dequantize_ops
-from kernels.qmv import Norm, absorb, qmv, qmv_all
+from kernels.planes import QUANT_TYPES, Bundle, Weight, bundled, dequantize_ops
+from kernels.qmv import Norm, absorb, norm_qmv, qmv, qmv_all
 from kernels.route import Router
 from parity_tests.conftest import MakeModel
 from parity_tests.kernel_cases import bits, random_array, random_weight, run
 
-Op = Callable[[Sequence[Weight]], Sequence[mx.array]]
+Op = Callable[[Sequence[Weight], mx.array, Bundle | None], Sequence[mx.array]]
 
 
 def vectors(*shape: int, seed: int = 0) -> mx.array:
     return random_array(shape, mx.float32, seed)
 
 
-def gate_up(weights: Sequence[Weight]) -> list[mx.array]:
-    router = Router(vectors(8), 2, "sigmoid", True, 1.5)
+def gate_up(weights: Sequence[Weight], bias: mx.array, bundle: Bundle | None) -> list[mx.array]:
+    router = Router(bias, 2, "sigmoid", True, 1.5)
     return [*experts_gate_up(vectors(1, 2, 64), vectors(1, 2, 8, seed=1), router, *weights)]
 
 
-def down(weights: Sequence[Weight]) -> list[mx.array]:
+def down(weights: Sequence[Weight], vector: mx.array, bundle: Bundle | None) -> list[mx.array]:
     experts, shares = mx.array([[[3, 1], [0, 7]]], mx.uint32), mx.array([[[0.5, 0.25], [1.0, 0.5]]])
     choice = mx.stack([experts, shares.view(mx.uint32)], axis=-2)
     return [experts_down(vectors(1, 2, 3 * 64), choice, weights[0], weights[1], None)]
 
 
-def attention(weights: Sequence[Weight]) -> list[mx.array]:
-    norm, wavelengths = Norm(mx.ones(64), 1e-5), mx.array([1.0, 10.0, 100.0, 1000.0])
+def attention(weights: Sequence[Weight], gains: mx.array, bundle: Bundle | None) -> list[mx.array]:
+    norm, wavelengths = Norm(gains, 1e-5, bundle), mx.array([1.0, 10.0, 100.0, 1000.0])
     y, _ = mla_decode(
         vectors(1, 2, 1, 64),
         vectors(1, 1, 2 * 40),
@@ -55,68 +55,90 @@ def attention(weights: Sequence[Weight]) -> list[mx.array]:
     return [y]
 
 
-# What is computed, the types and the shapes of the weights, and the launches.
-OPS: dict[str, tuple[Op, list[tuple[str, tuple[int, ...]]], int]] = {
+# What is computed, the types and the shapes of the weights, the size of a vector of floats, and the launches.
+OPS: dict[str, tuple[Op, list[tuple[str, tuple[int, ...]]], int, int]] = {
     "qmv, a scale for 32": (
-        lambda w: qmv_all(vectors(1, 256), w, Norm(vectors(256), 1e-5)),
+        lambda w, gains, bundle: qmv_all(vectors(1, 256), w, Norm(gains, 1e-5, bundle)),
         [("Q4_0", (9, 256)), ("Q8_0", (17, 256)), ("IQ4_NL", (8, 256))],
+        256,
         1,
     ),
-    "qmv, minima": (lambda w: qmv_all(vectors(1, 256), w), [("Q5_1", (9, 256)), ("Q4_1", (8, 256))], 1),
+    "qmv, minima": (lambda w, *_: qmv_all(vectors(1, 256), w), [("Q5_1", (9, 256)), ("Q4_1", (8, 256))], 8, 1),
     "qmv, K-quants": (
-        lambda w: qmv_all(vectors(1, 768), w),
+        lambda w, *_: qmv_all(vectors(1, 768), w),
         [("Q6_K", (10, 768)), ("Q4_K", (12, 768)), ("Q5_K", (8, 768))],
+        8,
         1,
     ),
-    "qmv, one matrix": (lambda w: [qmv(vectors(1, 256), w[0])], [("Q5_0", (8, 256))], 1),
-    "absorb": (lambda w: [absorb(vectors(1, 1, 2 * 40), w[0])], [("Q8_0", (2, 16, 32))], 1),
+    "qmv, one matrix": (lambda w, *_: [qmv(vectors(1, 256), w[0])], [("Q5_0", (8, 256))], 8, 1),
+    "qmv, floats": (
+        lambda w, gains, bundle: [*norm_qmv(vectors(1, 256), w[0], Norm(gains, 1e-5, bundle), mx.float32)],
+        [("F32", (8, 256))],
+        256,
+        1,
+    ),
+    "qmv, 16 bits": (
+        lambda w, gains, bundle: [qmv(vectors(1, 256), w[0], Norm(gains, 1e-5, bundle))],
+        [("BF16", (9, 256))],
+        256,
+        1,
+    ),
+    "absorb": (lambda w, *_: [absorb(vectors(1, 1, 2 * 40), w[0])], [("Q8_0", (2, 16, 32))], 8, 1),
     "gate_up": (
         gate_up,
         [("Q4_0", (8, 16, 64)), ("Q4_0", (8, 16, 64)), ("Q5_0", (32, 64)), ("Q5_0", (32, 64))],
+        8,
         1,
     ),
-    "down": (down, [("Q8_0", (8, 24, 64)), ("Q4_0", (24, 64))], 1),
-    "mla_decode": (attention, [("Q8_0", (2, 16, 64))], 2),
+    "down": (down, [("Q8_0", (8, 24, 64)), ("Q4_0", (24, 64))], 8, 1),
+    "mla_decode": (attention, [("Q8_0", (2, 16, 64))], 64, 2),
 }
 
 
 @pytest.mark.parametrize("name", OPS)
 def test_a_launch_gets_one_array_for_its_weights_and_computes_the_same(name: str) -> None:
-    call, kinds, launches = OPS[name]
+    call, kinds, size, launches = OPS[name]
     apart = [random_weight(kind, shape, i) for i, (kind, shape) in enumerate(kinds)]
-    together = bundled(apart)
-    assert [bits(y) for y in run(lambda: call(together), launches=launches)] == [
-        bits(y) for y in run(lambda: call(apart), launches=launches)
+    vector = random_array((size,), mx.float32, 7)
+    (*together, moved), bundle = bundled([*apart, vector])
+    assert bundle is not None
+    assert isinstance(moved, mx.array)
+    assert [bits(y) for y in run(lambda: call(together, moved, bundle), launches=launches)] == [
+        bits(y) for y in run(lambda: call(apart, vector, None), launches=launches)
     ]
     with launcher.recording() as seen:
-        call(together)
-    launch, arrays = seen[-1]
-    assert len(arrays) == len(launch.inputs) + 1
-    assert launcher.layout(*together) is not None
+        call(together, moved, bundle)
+    assert len(seen) == launches
+    for launch, arrays in seen:
+        assert len(arrays) == len(launch.inputs) + 1
+        assert arrays[-1] is bundle.words
 
 
 @pytest.mark.parametrize("kind", QUANT_TYPES)
 def test_bundled_weights_are_the_weights(kind: str) -> None:
-    apart = [random_weight(kind, (2, 5, 768), 0), mx.ones((4, 8)), random_weight("Q4_0", (7, 64), 1)]
-    together = bundled(apart)
-    assert together[1] is apart[1]
+    apart = [random_weight(kind, (2, 5, 768), 0), vectors(4, 8), random_weight("Q4_0", (7, 64), 1), vectors(9)]
+    together, bundle = bundled(apart)
+    assert bundle is not None
     for moved, weight in zip(together, apart, strict=True):
         np.testing.assert_array_equal(np.array(dequantize_ops(moved)), np.array(dequantize_ops(weight)))
-    first, last = together[0], together[2]
-    assert isinstance(first, QuantizedTensor)
-    assert isinstance(last, QuantizedTensor)
-    assert first.bundle is last.bundle
-    assert all(begin % 64 == 0 for begin in (*first.begins, *last.begins))
+    begins = [begin for weight in together for begin in bundle.begins(weight) or ()]
+    assert len(set(begins)) == len(begins) >= 6
+    assert all(begin % 64 == 0 for begin in begins)
 
 
-def test_planes_that_are_not_whole_words_keep_their_arrays() -> None:
-    odd = [random_weight("Q4_0", (7, 32), 0), random_weight("Q4_0", (8, 32), 1)]  # 7 scales of two bytes
-    assert all(a is b for a, b in zip(bundled(odd), odd, strict=True))
-    assert launcher.layout(*odd) is None
+def test_a_weight_that_is_not_whole_words_keeps_its_arrays() -> None:
+    odd, even = random_weight("Q4_0", (7, 32), 0), random_weight("Q4_0", (8, 32), 1)  # 7 scales of two bytes
+    (same, moved), bundle = bundled([odd, even])
+    assert same is odd
+    assert bundle is not None
+    assert bundle.begins(odd) is None
+    assert bundle.begins(moved) is not None
+    assert launcher.placed(odd, moved)[0] is None
+    assert bundled([odd]) == ([odd], None)
 
 
 def test_weights_of_two_bundles_are_read_from_their_planes() -> None:
-    one, two = (bundled([random_weight("Q4_0", (16, 64), seed)])[0] for seed in range(2))
+    (one,), (two,) = (bundled([random_weight("Q4_0", (16, 64), seed)])[0] for seed in range(2))
     x = vectors(1, 64)
     with launcher.recording() as seen:
         qmv_all(x, [one, two])
@@ -132,11 +154,14 @@ def test_a_model_on_a_gpu_moves_what_each_launch_reads_into_one_array(
     with monkeypatch.context() as patch:
         patch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
         model = Model(loaded.model.cfg, weights, mx.float32)
-    for layer in model.layers:
-        attention, mlp = layer.self_attn, layer.mlp
-        groups = [(attention.q_a_proj, attention.kv_a_proj), (attention.q_b_proj,), (attention.o_proj,)]
-        groups += [(mlp.gate_proj, mlp.up_proj), (mlp.down_proj,)]
-        assert all(launcher.layout(*group) is not None for group in groups)
+    with launcher.recording() as seen:
+        rows = [model.row_format.zeros(1, 256)] * model.cfg.num_layers
+        model.step(mx.array([[5]], mx.int32), mx.array([0], mx.int32), rows)
+    of_layers = [(launch, arrays) for launch, arrays in seen if launch.op != "embed"][:-1]  # the last is the head
+    assert len(of_layers) > 8 * model.cfg.num_layers
+    for launch, arrays in of_layers:
+        assert len(arrays) == len(launch.inputs) + 1, launch.op
+    assert len({id(arrays[-1]) for _, arrays in of_layers}) <= 3 * model.cfg.num_layers
     kept = [
         weights[name] for name, old in loaded.weights.items() if name.endswith("down_proj") and weights[name] is old
     ]

@@ -47,7 +47,7 @@ def test_compiles_as_cuda_and_fits_into_registers(case: Case) -> None:
 
 
 def test_weights_in_one_array_compile_as_cuda() -> None:
-    weights = bundled([random_weight(kind, (8, 256), i) for i, kind in enumerate(("Q4_0", "Q4_K", "Q6_K"))])
+    weights, _ = bundled([random_weight(kind, (8, 256), i) for i, kind in enumerate(("Q4_0", "Q4_K", "Q6_K"))])
     with compiling_cuda() as reports:
         qmv_all(random_array((1, 256), mx.bfloat16, 0), weights)
     assert [report.text.count("bundle") for report in reports] == [1]

@@ -76,7 +76,7 @@ def test_a_tile_of_no_expert_is_left_as_it_is() -> None:
 def test_planes_that_stand_in_one_array_are_read_from_there() -> None:
     case = Expand("Q4_K", (9, 256))
     other = random_weight("Q4_K", (24, 256), 1)
-    _, w = bundled([other, case.weight])
+    (_, w), _ = bundled([other, case.weight])
     (got,) = run(lambda: [expand(w, case.dtype)])
     assert rounded_once(case, got)
 

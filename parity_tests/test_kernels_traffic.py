@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kernels import experts_down, experts_gate_up, launcher, mla_decode, qmv
-from kernels.planes import QUANT_TYPES, SUPER, Weight
+from kernels.planes import QUANT_TYPES, SUPER, Weight, planes
 from parity_tests.budgets import BUDGETS, record
 from parity_tests.kernel_cases import KINDS, Case, Down, GateUp, Mla, Qmv, block, on_gpu
 from parity_tests.msl import BufferTraffic, LaunchReport, executing
@@ -102,9 +102,9 @@ def test_a_group_of_heads_fetches_the_cache_once_as_it_stands(packed: bool) -> N
 
 
 def planes_of(report: LaunchReport, name: str, w: Weight) -> list[BufferTraffic]:
-    planes = [b for b in report.buffers if re.fullmatch(rf"{name}_(quants|scales|mins|sub_scales|values)", b.name)]
-    assert [plane.size for plane in planes] == [plane.nbytes for plane in launcher.planes(w)]
-    return planes
+    buffers = [b for b in report.buffers if re.fullmatch(rf"{name}_(quants|scales|mins|sub_scales|values)", b.name)]
+    assert [buffer.size for buffer in buffers] == [plane.nbytes for plane in planes(w)]
+    return buffers
 
 
 def check_fetched(budget: str, report: LaunchReport, name: str, w: Weight, times: float, where: str) -> None:
