@@ -17,7 +17,7 @@ from kernels import launcher
 from kernels.experts_down import experts_down
 from kernels.experts_gate_up import experts_gate_up, swiglu_ops
 from kernels.mla_decode import latent_rows_ops, mla_decode, rope_ops
-from kernels.planes import GROUP, QUANT_TYPES, SUPER, QuantizedTensor, Weight, group_scales
+from kernels.planes import GROUP, QUANT_TYPES, SUPER, Bundle, QuantizedTensor, Weight, bundled, group_scales
 from kernels.qmv import Norm, absorb, merge_heads, qmv, qmv_all
 from kernels.route import Router
 
@@ -156,6 +156,18 @@ def _weight(quant: str, shape: tuple[int, ...], seed: int) -> Weight:
     return made
 
 
+def _as_in_model(weights: Sequence[Weight]) -> tuple[list[Weight], Bundle | None]:
+    """In one array where kernels are launched, as those of a launch stand in the model."""
+    if all(launcher.back_end(op) is None for op in launcher.OPS):
+        return list(weights), None
+    return bundled(weights)
+
+
+def _floats(weight: Weight) -> mx.array:
+    assert isinstance(weight, mx.array)
+    return weight
+
+
 def _sets(nbytes_of_one: int, sizes: Sizes) -> int:
     return min(MOST_SETS, max(2, -(-sizes.rotating_bytes // nbytes_of_one)))
 
@@ -197,32 +209,34 @@ def router_cases(quant: str, dtype: mx.Dtype, sizes: Sizes) -> Iterator[Case]:
 def _qmv_case(matrices: _Matrices, quant: str, dtype: mx.Dtype, sizes: Sizes) -> Case:
     cols, rows = matrices.cols, matrices.rows
     first = [_weight(quant, (n, cols), 0) for n in rows]
-    count = _sets(total(first), sizes)
-    sets = [first, *([_weight(quant, (n, cols), seed) for n in rows] for seed in range(1, count))]
-    own = [[a for w in weights if (a := affine(w, dtype))] for weights in sets]
-    norm = Norm(mx.ones((cols,)), CFG.rms_norm_eps) if matrices.norm else None
     residual = _normal((1, rows[0]), dtype, 1) if matrices.residual else None
-    extra = [] if norm is None else [norm.weight]
-    if residual is not None:
-        extra.append(residual)
-    mx.eval(extra)
+    sets: list[list[Weight]] = []
+    norms: list[Norm | None] = []
+    for seed in range(_sets(total(first), sizes)):
+        made = [_weight(quant, (n, cols), seed) for n in rows]
+        (gains, *weights), bundle = _as_in_model([mx.ones((cols,)), *made])
+        sets.append(weights)
+        norms.append(Norm(_floats(gains), CFG.rms_norm_eps, bundle) if matrices.norm else None)
+    own = [[a for w in weights if (a := affine(w, dtype))] for weights in sets]
 
     def call(x: mx.array, i: int) -> list[mx.array]:
         if residual is None:
-            return qmv_all(x, sets[i], norm)
-        return [qmv(x, sets[i][0], norm, residual.astype(x.dtype))]  # the cast is for the judge alone, in float32
+            return qmv_all(x, sets[i], norms[i])
+        return [qmv(x, sets[i][0], norms[i], residual.astype(x.dtype))]  # the cast is for the judge alone, in float32
 
     def by_mlx(x: mx.array, i: int) -> list[mx.array]:
+        norm = norms[i]
         normed = x if norm is None else norm(x)
         return [w.matmul(normed) if residual is None else w.matmul(normed) + residual for w in own[i]]
 
-    with_ = [word for word, fused in (("norm", norm), ("residual", residual)) if fused is not None]
+    with_ = [word for word, fused in (("norm", norms[0]), ("residual", residual)) if fused is not None]
+    extra = [array for array in (norms[0] and norms[0].weight, residual) if array is not None]
     return Case(
         "qmv",
         f"{matrices.name}: {cols} -> {' + '.join(map(str, rows))}{''.join(f', {word}' for word in with_)}",
         quant,
         _normal((1, cols), dtype),
-        count,
+        len(sets),
         2.0 * cols * sum(rows),
         _contestants("qmv", call, total(first), Contestant(by_mlx, total(own[0])) if own[0] else None),
         total(extra),
@@ -252,7 +266,7 @@ def _heads_case(
 ) -> Case:
     heads, rows, cols = shape
     first = _weight(quant, shape, 0)
-    sets = [first, *(_weight(quant, shape, seed) for seed in range(1, _sets(first.nbytes, sizes)))]
+    sets = [_as_in_model([_weight(quant, shape, seed)])[0][0] for seed in range(_sets(first.nbytes, sizes))]
     own = [a for w in sets if (a := affine(w, dtype))]
 
     def by_mlx(x: mx.array, i: int) -> list[mx.array]:
@@ -285,6 +299,7 @@ class Experts(Generic[W]):
 
     routed: list[list[W]]  # by layer: banks (E, rows, cols)
     shared: list[list[W]]  # by layer: (rows, cols)
+    biases: list[mx.array]  # by layer: the router's, (E,)
     chosen: list[mx.array]  # by set: (1, K) uint32
     logits: list[mx.array]  # by set: (1, E), of which the chosen ones are the largest
 
@@ -310,13 +325,15 @@ def _experts(quant: str, banks: int, shape: tuple[int, int], shared: tuple[int, 
     none, best_first = mx.full((1, sizes.num_experts), -9.0), -1.0 * mx.arange(TOP_K)[None]
     logits = [mx.put_along_axis(none, ids, best_first, axis=1) for ids in chosen]
     mx.eval(chosen, logits)
-    of_all = (sizes.num_experts, *shape)
-    return Experts(
-        [[_weight(quant, of_all, layer * banks + i) for i in range(banks)] for layer in range(sizes.layers)],
-        [[_weight(quant, shared, 100 + layer * banks + i) for i in range(banks)] for layer in range(sizes.layers)],
-        chosen,
-        logits,
-    )
+    experts: Experts[Weight] = Experts([], [], [], chosen, logits)
+    for layer in range(sizes.layers):
+        routed = [_weight(quant, (sizes.num_experts, *shape), layer * banks + i) for i in range(banks)]
+        beside = [_weight(quant, shared, 100 + layer * banks + i) for i in range(banks)]
+        (bias, *weights), _ = _as_in_model([mx.zeros((sizes.num_experts,)), *routed, *beside])
+        experts.biases.append(_floats(bias))
+        experts.routed.append(weights[:banks])
+        experts.shared.append(weights[banks:])
+    return experts
 
 
 def _affine_experts(experts: Experts[Weight], dtype: mx.Dtype) -> Experts[Affine] | None:
@@ -325,7 +342,7 @@ def _affine_experts(experts: Experts[Weight], dtype: mx.Dtype) -> Experts[Affine
         [[a for w in weights if (a := affine(w, dtype))] for weights in layers]
         for layers in (experts.routed, experts.shared)
     ]
-    return Experts(made[0], made[1], experts.chosen, experts.logits) if made[0][0] else None
+    return Experts(made[0], made[1], experts.biases, experts.chosen, experts.logits) if made[0][0] else None
 
 
 def gate_up_cases(quant: str, dtype: mx.Dtype, sizes: Sizes) -> Iterator[Case]:
@@ -335,13 +352,13 @@ def gate_up_cases(quant: str, dtype: mx.Dtype, sizes: Sizes) -> Iterator[Case]:
     experts = _experts(quant, 2, (width, hidden), (SHARED * width, hidden), sizes)
     own = _affine_experts(experts, dtype)
 
-    bias = mx.zeros((sizes.num_experts,))
-    mx.eval(bias)
-    router = Router(bias, TOP_K, CFG.gating, CFG.norm_topk_prob, CFG.routed_scaling_factor)
+    routers = [
+        Router(bias, TOP_K, CFG.gating, CFG.norm_topk_prob, CFG.routed_scaling_factor) for bias in experts.biases
+    ]
 
     def call(x: mx.array, i: int) -> list[mx.array]:
         (gate, up), shared, _ = experts.of(i)
-        hidden, _ = experts_gate_up(x, experts.logits[i], router, gate, up, *shared)
+        hidden, _ = experts_gate_up(x, experts.logits[i], routers[i % sizes.layers], gate, up, *shared)
         return [hidden]
 
     def by_mlx(x: mx.array, i: int) -> list[mx.array]:
@@ -358,7 +375,7 @@ def gate_up_cases(quant: str, dtype: mx.Dtype, sizes: Sizes) -> Iterator[Case]:
         CHOICES,
         2.0 * (TOP_K + SHARED) * 2 * width * hidden,
         _contestants("experts_gate_up", call, experts.nbytes, Contestant(by_mlx, own.nbytes) if own else None),
-        experts.logits[0].nbytes + bias.nbytes,
+        experts.logits[0].nbytes + experts.biases[0].nbytes,
     )
 
 
@@ -410,23 +427,28 @@ def _mla_decode_case(context: int, dtype: mx.Dtype, sizes: Sizes) -> Case:
     caches = [_normal((1, context, CFG.cache_dim), dtype, seed) for seed in range(count)]
     q = _normal((1, 1, heads * CFG.qk_head_dim), dtype, 1)
     kv_a = _normal((1, 1, CFG.cache_dim), dtype, 2)
-    norm = Norm(mx.ones((latent,)), CFG.rms_norm_eps)
     wavelengths = rope_wavelengths(CFG)
     position = mx.array([context - 1], mx.int32)
     # Q8_0 in every published file.
     shape = heads, CFG.v_head_dim, latent
-    v_b = [_weight("Q8_0", shape, seed) for seed in range(_sets(_weight("Q8_0", shape, 0).nbytes, sizes))]
+    v_b: list[Weight] = []
+    norms: list[Norm] = []
+    for seed in range(_sets(_weight("Q8_0", shape, 0).nbytes, sizes)):
+        (gains, weight), bundle = _as_in_model([mx.ones((latent,)), _weight("Q8_0", shape, seed)])
+        v_b.append(weight)
+        norms.append(Norm(_floats(gains), CFG.rms_norm_eps, bundle))
     merges = [affine(w, dtype) for w in v_b]
     assert merges[0] is not None
 
     def call(x: mx.array, i: int) -> list[mx.array]:
-        new = (q.astype(x.dtype), kv_a.astype(x.dtype), norm, wavelengths)
-        return [mla_decode(x, *new, caches[i], position, scale, v_b[i % len(v_b)])[0]]
+        own = i % len(v_b)
+        new = (q.astype(x.dtype), kv_a.astype(x.dtype), norms[own], wavelengths)
+        return [mla_decode(x, *new, caches[i], position, scale, v_b[own])[0]]
 
     def by_mlx(x: mx.array, i: int) -> list[mx.array]:
         own = mx.unflatten(q, -1, (heads, -1))[..., -CFG.qk_rope_head_dim :].swapaxes(1, 2)
         q_pe = rope_ops(own, wavelengths, position)
-        new = mx.concatenate([*latent_rows_ops(kv_a, norm, wavelengths, position)], axis=-1)
+        new = mx.concatenate([*latent_rows_ops(kv_a, norms[0], wavelengths, position)], axis=-1)
         key = mx.concatenate([caches[i][:, :-1], new], axis=1)[:, None]
         queries = mx.concatenate([x, q_pe], axis=-1)
         out = mx.fast.scaled_dot_product_attention(queries, key, key[..., :latent], scale=scale)
@@ -443,7 +465,7 @@ def _mla_decode_case(context: int, dtype: mx.Dtype, sizes: Sizes) -> Case:
         count,
         2.0 * heads * (context * (CFG.cache_dim + latent) + CFG.v_head_dim * latent),
         _contestants("mla_decode", call, read, Contestant(by_mlx, caches[0].nbytes + merges[0].nbytes)),
-        q.nbytes + kv_a.nbytes + norm.weight.nbytes + wavelengths.nbytes,
+        q.nbytes + kv_a.nbytes + norms[0].weight.nbytes + wavelengths.nbytes,
     )
 
 
