@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
     subject = open_subject(args)
     # The first token comes from the prompt; beside the last one no next one is computed.
     depths, notes = usable_depths(subject, args.depths, WARM_UP + args.count + 2)
-    found, parity_found = conditions(), parity(subject.model)
+    parity_found = parity(subject.model)
 
     ours = Ours(subject.model, dict(subject.weights))
     contestants: list[Contestant] = [ours]
@@ -82,6 +82,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         interrupted = True
 
+    found = conditions()  # last, as in decode.py
     rows = rows_of(turns)
     for contestant in contestants:
         notes += contestant.notes

@@ -11,6 +11,7 @@ from glm_mlx.errors import InputError
 from kernels.rows import GROUP, RowFormat
 
 STEP = 256  # rows: the arrays' sizes are multiples of it
+LARGE = 4 << 20  # bytes of a layer's array from which on no other one grows while MLX keeps the buffer of the old one
 KvBits: TypeAlias = Literal[8, 16]  # 16: the type of the activations, which on a CPU has 32
 
 
@@ -99,10 +100,13 @@ class LatentCache:
             # MLX does not know of what a kernel wrote in place, and copies only what is there.
             mx.synchronize()
             rows = mx.concatenate([old, rows], axis=1)
+            mx.eval(rows)  # now, so that the old array is gone before the next layer grows
         self.rows[layer] = rows
-        mx.eval(rows)  # now, so that the old array is gone before the next layer grows
-        del old
-        mx.clear_cache()  # MLX would keep the old buffer, which is too small for any layer to come
+        if old is not None and old.nbytes >= LARGE:
+            # MLX would keep the old buffer, which is too small for any layer to come. But it lets go of all others too,
+            # which a prompt then has to wait for again.
+            del old
+            mx.clear_cache()
         return rows
 
     def trim(self, offset: int) -> None:

@@ -6,6 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from glm_mlx import cache as cache_module
 from glm_mlx.cache import STEP, LatentCache
 from glm_mlx.errors import InputError
 from kernels.rows import RowFormat
@@ -85,7 +86,10 @@ def test_what_is_expected_is_made_at_once() -> None:
 
 
 @pytest.mark.parametrize("grow", [by_step, by_update])
-def test_growing_takes_the_memory_of_one_layer_more_and_not_of_all(grow: Callable[[LatentCache, int], None]) -> None:
+def test_growing_takes_the_memory_of_one_layer_more_and_not_of_all(
+    grow: Callable[[LatentCache, int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache_module, "LARGE", 1 << 20)
     cache = filled(4 * STEP, layers=16, row_format=RowFormat(224, 32, mx.float32))
     mx.eval(cache.rows)
     mx.clear_cache()
@@ -96,6 +100,19 @@ def test_growing_takes_the_memory_of_one_layer_more_and_not_of_all(grow: Callabl
     assert sizes(cache) == {5 * STEP}
     assert mx.get_peak_memory() - others < 1.15 * cache.nbytes
     assert mx.get_cache_memory() < cache.nbytes / 16, "MLX keeps what was too small"
+
+
+def test_buffers_of_mlx_are_emptied_only_for_large_arrays_that_grow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt wants them back at once: with each layer's array that is made for it, a GPU would allocate them anew."""
+    emptied = []
+    monkeypatch.setattr(mx, "clear_cache", lambda: emptied.append(True))
+    cache = filled(STEP, layers=3)
+    append(cache, STEP)
+    assert emptied == []
+    monkeypatch.setattr(cache_module, "LARGE", 1)
+    append(cache, STEP)
+    assert len(emptied) == 3
+    assert_rows(cache)
 
 
 @pytest.mark.parametrize("row_format", [FLOATS, PACKED], ids=["floats", "8 bits"])
