@@ -43,15 +43,16 @@ class Batch:
         cache.expect(cache.offset + longest)
         last_tokens = mx.array(lengths) - 1
         last = mx.zeros((len(lengths), self.model.cfg.hidden_size), self.model.dtype)
+        held = mx.get_active_memory() + cache.growth(cache.offset + longest, len(lengths))
         try:
-            for begin in range(0, longest, self.chunk):
-                hidden = self.model.hidden_states(padded[:, begin : begin + self.chunk], cache)  # (B, L, D)
-                at = last_tokens - begin
-                here = (at >= 0) & (at < hidden.shape[1])
-                found = hidden[mx.arange(len(lengths)), mx.where(here, at, 0)]
-                last = mx.where(here[:, None], found, last)
-                mx.eval(last, [rows for rows in cache.rows if rows is not None])
+            with wide.within(held):
+                for begin in range(0, longest, self.chunk):
+                    hidden = self.model.hidden_states(padded[:, begin : begin + self.chunk], cache)  # (B, L, D)
+                    at = last_tokens - begin
+                    here = (at >= 0) & (at < hidden.shape[1])
+                    found = hidden[mx.arange(len(lengths)), mx.where(here, at, 0)]
+                    last = mx.where(here[:, None], found, last)
+                    mx.eval(last, [rows for rows in cache.rows if rows is not None])
         finally:  # Ctrl-C may come between two chunks, and padding is no sequence's
             cache.keep(ends)
-            wide.finish()
         return self.model.logits(last[:, None])[:, 0]

@@ -93,9 +93,7 @@ class LatentCache:
         allocated = 0 if old is None else old.shape[1]
         if old is not None and end <= allocated:
             return old
-        size = max(end, self._expected, allocated + allocated // 8)
-        size = whole_steps(size if self.limit is None else min(size, self.limit))
-        rows = self.format.zeros(batch, size - allocated)
+        rows = self.format.zeros(batch, self._size(end, allocated) - allocated)
         if old is not None:
             # MLX does not know of what a kernel wrote in place, and copies only what is there.
             mx.synchronize()
@@ -108,6 +106,18 @@ class LatentCache:
             del old
             mx.clear_cache()
         return rows
+
+    def _size(self, end: int, allocated: int) -> int:
+        """Rows of an array that must have `end` of them and has `allocated`."""
+        if end <= allocated:
+            return allocated
+        size = max(end, self._expected, allocated + allocated // 8)
+        return whole_steps(size if self.limit is None else min(size, self.limit))
+
+    def growth(self, end: int, batch: int = 1) -> int:
+        """Bytes by which the arrays will have grown when each has `end` rows."""
+        allocated = [0 if rows is None else rows.shape[1] for rows in self.rows]
+        return batch * self.format.nbytes * sum(self._size(end, own) - own for own in allocated)
 
     def trim(self, offset: int) -> None:
         """Forget every row from `offset` on."""

@@ -147,15 +147,13 @@ class Engine:
         self.cache.trim(known)
         self.stats.cached_tokens = known
         on_prefill(known, len(prompt))
-        try:
+        with wide.within(mx.get_active_memory() + self.cache.growth(len(prompt))):
             for begin in range(known, len(prompt), self.chunk):
                 part = prompt[begin : begin + self.chunk]
                 hidden = self.model.hidden_states(mx.array([list(part)], mx.int32), self.cache)
                 mx.eval(hidden, [rows for rows in self.cache.rows if rows is not None])
                 self.tokens += part
                 on_prefill(len(self.tokens), len(prompt))
-        finally:
-            wide.finish()
         logits = self.model.logits(hidden[:, -1:])[:, 0]
         mx.eval(logits)
         return logits

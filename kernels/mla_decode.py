@@ -275,8 +275,8 @@ def _launches(
         what,
     )
     attend_by = _matrices if _takes_matrices(attention) else _vectors
-    attend, splits, merge_rows, merge_simdgroups = attend_by(back_end, attention)
-    groups = max(1, merge_simdgroups * 32 // (latent_dim // 4))  # of threads, as the text has them
+    split = attend_by(back_end, attention)
+    groups = max(1, split.merge_simdgroups * 32 // (latent_dim // 4))  # of threads, as the text has them
     merge = launcher.prepare(
         back_end,
         "mla_merge",
@@ -288,17 +288,17 @@ def _launches(
             "T": dtype,
             "HEADS": heads,
             "QUERIES": length,
-            "SPLITS": splits,
+            "SPLITS": split.splits,
             "LATENT": latent_dim,
             "VALUES": values,
-            "ROWS": merge_rows,
-            "SIMDGROUPS": merge_simdgroups,
+            "ROWS": split.merge_rows,
+            "SIMDGROUPS": split.merge_simdgroups,
         },
-        threadgroups=(-(-values // (merge_rows * merge_simdgroups)), heads, length),
-        simdgroups=merge_simdgroups,
-        threadgroup_bytes=(groups * latent_dim + splits) * 4,
+        threadgroups=(-(-values // (split.merge_rows * split.merge_simdgroups)), heads, length),
+        simdgroups=split.merge_simdgroups,
+        threadgroup_bytes=(groups * latent_dim + split.splits) * 4,
     )
-    return attend, merge
+    return split.attend, merge
 
 
 @dataclass(frozen=True)
@@ -367,8 +367,16 @@ class _Attention:
         )
 
 
-def _vectors(back_end: launcher.BackEnd, a: _Attention) -> tuple[launcher.Launch, int, int, int]:
-    """And its number of splits, and rows and simdgroups of `mla_merge`."""
+class _Split(NamedTuple):
+    """The launch that attends, its number of splits, and rows and simdgroups of the one that adds them up."""
+
+    attend: launcher.Launch
+    splits: int
+    merge_rows: int
+    merge_simdgroups: int
+
+
+def _vectors(back_end: launcher.BackEnd, a: _Attention) -> _Split:
     heads_at_once, simdgroups, rows_at_once, rows_of_split, most, *merge = launch_shape(
         "mla_decode",
         a.what,
@@ -406,7 +414,7 @@ def _vectors(back_end: launcher.BackEnd, a: _Attention) -> tuple[launcher.Launch
         STORED=a.stored,
         ROWS_AT_ONCE=rows_at_once,
     )
-    return launch, splits, merge[0], merge[1]
+    return _Split(launch, splits, *merge)
 
 
 def _takes_matrices(a: _Attention) -> bool:
@@ -424,8 +432,7 @@ def _matrix_shared(a: _Attention, heads_at_once: int) -> int:
     return max(working, max(heads_at_once, 16) * (a.width + 8) // 2, 8 * (a.latent_dim + 4))
 
 
-def _matrices(back_end: launcher.BackEnd, a: _Attention) -> tuple[launcher.Launch, int, int, int]:
-    """As `_vectors`."""
+def _matrices(back_end: launcher.BackEnd, a: _Attention) -> _Split:
     heads, ahead = (MANY_HEADS, MANY_AHEAD) if a.room >= MANY_ROWS else (MATRIX_HEADS, MATRIX_AHEAD)
     heads_at_once, threadgroups, turns_ahead, *merge = launch_shape(
         "mla_decode",
@@ -446,4 +453,4 @@ def _matrices(back_end: launcher.BackEnd, a: _Attention) -> tuple[launcher.Launc
     launch = a.prepare(
         back_end, "mla_matrix", splits, heads_at_once, MATRIX_SIMDGROUPS, shared, TURNS_AHEAD=turns_ahead
     )
-    return launch, splits, merge[0], merge[1]
+    return _Split(launch, splits, *merge)

@@ -22,8 +22,13 @@ MLX allocates when it hands work over, and frees when the GPU has done it: a hos
 expanded experts of many layers in memory. So the products with `TILES` experts, each turn of attention and each layer
 are `start`ed, and `UNDER_WAY` of them at most are not done when more is handed over; with one the GPU would wait for
 the host. What a turn made and nobody wants is freed when all of it is done, by another thread of MLX's, which is late:
-so turns are kept small.
+so turns are kept small. It may be later still: `within` says how much memory there may be until the host waits for it.
 """
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import mlx.core as mx
 
@@ -36,10 +41,13 @@ TILES = 16  # whose experts are expanded at once: two matrices of 100 MB of GLM-
 SCORES = 40 << 20  # values of 2 bytes
 UNDER_WAY = 3  # turns at most, beside the one that is handed over
 ALIVE = 5  # turns whose memory may not be free yet
+SCRATCH = 1_250_000_000  # bytes beside weights and cache from which on the host waits until all is free that can be
+FREEING = 0.002  # seconds that MLX may take for that when the GPU is done
 QUERIES = 512  # of each head and sequence, at once
 UNPACKED = 8192  # rows of the cache that are in 8 bits, at once
 ALIGNED = 32  # queries: as many at once as are a multiple of it, where there are so many
 _started: list[mx.array] = []  # what `start` has not waited for, the oldest first
+_most: float = math.inf  # bytes of all that MLX may hold: see `within`
 
 
 def applies(tokens: int, dtype: mx.Dtype) -> bool:
@@ -66,12 +74,26 @@ def start(result: mx.array) -> mx.array:
     _started.append(result)
     while len(_started) > UNDER_WAY:
         mx.eval(_started.pop(0))
+    if mx.get_active_memory() > _most:
+        _started.clear()
+        mx.synchronize()
+        until = time.perf_counter() + FREEING
+        while mx.get_active_memory() > _most and time.perf_counter() < until:
+            time.sleep(FREEING / 20)
     return result
 
 
-def finish() -> None:
-    """Nothing more is to be waited for: what was started may go."""
-    _started.clear()
+@contextmanager
+def within(held: int) -> Iterator[None]:
+    """For a prompt. Within the block MLX is to hold no more than `SCRATCH` beside so many bytes, where it is `started`;
+    after it nothing more is to be waited for."""
+    global _most
+    _most = held + SCRATCH
+    try:
+        yield
+    finally:
+        _most = math.inf
+        _started.clear()
 
 
 def attend(q_latent: mx.array, q_pe: mx.array, rows: mx.array, scale: float) -> mx.array:

@@ -9,6 +9,7 @@ from glm_mlx.cache import KvBits
 from glm_mlx.engine import PREFILL_CHUNK, WIDE_CHUNK, Engine, prefill_chunk
 from glm_mlx.load import load_model
 from glm_mlx.model_cases import prompt_cases
+from glm_mlx.sampling import SamplingParams
 from kernels import wide
 from kernels.check import Result
 from kernels.check import check as check_kernel
@@ -126,6 +127,41 @@ def test_a_result_that_is_started_waits_for_the_oldest_of_many_and_no_other(monk
     last = wide.UNDER_WAY + 1
     handed_over = [("async_eval", i) for i in range(last)]
     assert calls == [*handed_over, ("eval", 0), ("async_eval", last), ("eval", 1)]
+
+
+def test_the_host_waits_where_a_prompt_holds_more_than_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLX frees late, at worst in the middle of the next turns."""
+    held = 1000
+    active = iter([held + wide.SCRATCH, held + wide.SCRATCH + 1, held + wide.SCRATCH + 1, held])
+    waits: list[str] = []
+    monkeypatch.setattr(mx, "get_active_memory", lambda: next(active))
+    monkeypatch.setattr(mx, "synchronize", lambda: waits.append("synchronize"))
+    monkeypatch.setattr(wide.time, "sleep", lambda seconds: waits.append("sleep"))
+    monkeypatch.setattr(wide, "FREEING", 60)
+    with pytest.raises(KeyboardInterrupt), wide.within(held):
+        wide.start(mx.array([0]))
+        assert (waits, len(wide._started)) == ([], 1)
+        wide.start(mx.array([1]))
+        assert (waits, len(wide._started)) == (["synchronize", "sleep"], 0)
+        raise KeyboardInterrupt
+    monkeypatch.setattr(mx, "get_active_memory", lambda: 1 << 60)
+    wide.start(mx.array([2]))
+    assert len(waits) == 2
+    wide._started.clear()
+
+
+def test_what_a_prompt_may_hold_is_counted_from_its_cache(
+    model_file: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cache grows within the prompt, and what it takes is none of the scratch."""
+    given: list[int] = []
+    within = wide.within
+    monkeypatch.setattr(wide, "within", lambda held: given.append(held) or within(held))
+    engine = Engine(load_model(model_file(VARIANTS["GLM Q4_0, output Q6_K"]), mx.float32).model, chunk=32)
+    for prompt in (tokens(40), tokens(300)):
+        before, grown = mx.get_active_memory(), engine.cache.nbytes
+        list(engine.generate(prompt, SamplingParams(temperature=0), 1))
+        assert abs(given.pop() - before - (engine.cache.nbytes - grown)) < 1 << 16
 
 
 def test_a_layer_has_the_experts_of_a_few_tiles_at_a_time_beside_the_next(
