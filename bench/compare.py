@@ -31,7 +31,7 @@ import mlx.core as mx
 from rich.markup import escape
 
 from bench import decode, plot, script
-from bench.conditions import conditions, describe, describe_parity, parity
+from bench.conditions import conditions, copy_bandwidth, describe, describe_parity, parity
 from bench.contest import OURS, WARM_UP, Contestant, Ours, Turn, UnavailableError
 from bench.llama_bench import LlamaBench
 from bench.mlx_lm_peer import MlxLm
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
     subject = open_subject(args)
     # The first token comes from the prompt; beside the last one no next one is computed.
     depths, notes = usable_depths(subject, args.depths, WARM_UP + args.count + 2)
-    parity_found = parity(subject.model)
+    found, parity_found = conditions(copy=False), parity(subject.model)
 
     ours = Ours(subject.model, dict(subject.weights))
     contestants: list[Contestant] = [ours]
@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         interrupted = True
 
-    found = conditions()  # last, as in decode.py
+    found["copy"] = copy_bandwidth()  # last, as in decode.py
     rows = rows_of(turns)
     for contestant in contestants:
         notes += contestant.notes

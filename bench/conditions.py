@@ -70,10 +70,10 @@ QUOTED: dict[tuple[str, int | None], tuple[float, str]] = {
 }
 
 
-def conditions() -> dict[str, Any]:
+def conditions(copy: bool = True) -> dict[str, Any]:
     """Machine, system, power, versions, commit and memory bandwidth, as JSON can hold them.
 
-    What can't be found out is None. Measuring the bandwidth takes a second or two.
+    What can't be found out is None. Measuring the bandwidth takes a second or two; without `copy` the caller adds it.
     """
     info = mx.device_info()
     chip = str(info.get("device_name", platform.processor() or platform.machine()))
@@ -107,7 +107,7 @@ def conditions() -> dict[str, Any]:
         "source_sha256": source_hash(),
         "own_launch_shapes": _quietly(lambda: user_file().read_text(errors="replace")),
         "mlx_environment": _mlx_environment(),
-        "copy": copy_bandwidth(),
+        "copy": copy_bandwidth() if copy else None,
         "quoted_gb_s": quoted[0] if quoted else None,
         "quoted_by": quoted[1] if quoted else None,
     }
@@ -147,6 +147,7 @@ def copy_bandwidth() -> dict[str, Any]:
     A copy is an elementwise operation that reads every word of one buffer and writes every word of another. Where the
     GPU tells what it was busy with, its own time counts, as it does for launches.
     """
+    mx.clear_cache()  # what MLX keeps for itself is memory that seems not to be there
     most, rounds = (32 << 20, 3) if back_end() == "cpu" else (256 << 20, 10)
     words = min(most, available_memory() // (4 * COPIES[-1])) // 4
     source = mx.random.split(mx.random.key(0), words // 2)

@@ -28,7 +28,7 @@ import numpy as np
 from rich.filesize import decimal
 
 from bench import script, synthetic
-from bench.conditions import back_end, conditions, describe, describe_parity, parity
+from bench.conditions import back_end, conditions, copy_bandwidth, describe, describe_parity, parity
 from bench.launches import decode_step, launches
 from bench.subject import PATHS, Subject, add_arguments, add_paths, open_subject, usable_depths, usable_paths
 from bench.timing import summarize
@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     subject = open_subject(args)
     tokens = WARM_UP + args.count + 2  # the first comes from the prompt, beside the last no next one is computed
     depths, notes = usable_depths(subject, args.depths, tokens)
-    parity_found = parity(subject.model)
+    found, parity_found = conditions(copy=False), parity(subject.model)
 
     runs: list[Run] = []
     counted: dict[str, dict[str, int]] = {}
@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         interrupted = True
 
-    found = conditions()  # after the runs: once CUPTI has timed the copy, launches may cost the host more
+    found["copy"] = copy_bandwidth()  # after the runs: once CUPTI has timed it, launches may cost the host more
     runs = [run for run in runs if run.decode]
     notes += agreement(runs)
     if any(run.fill == "random" for run in runs):

@@ -299,7 +299,7 @@ class Experts(Generic[W]):
 
     routed: list[list[W]]  # by layer: banks (E, rows, cols)
     shared: list[list[W]]  # by layer: (rows, cols)
-    biases: list[mx.array]  # by layer: the router's, (E,)
+    biases: list[mx.array]  # by layer: the router's, (E,), beside the banks where kernels read both
     chosen: list[mx.array]  # by set: (1, K) uint32
     logits: list[mx.array]  # by set: (1, E), of which the chosen ones are the largest
 

@@ -11,7 +11,7 @@ from glm_mlx.errors import InputError
 from kernels.rows import GROUP, RowFormat
 
 STEP = 256  # rows: the arrays' sizes are multiples of it
-LARGE = 4 << 20  # bytes of a layer's array from which on no other one grows while MLX keeps the buffer of the old one
+LARGE = 4 << 20  # bytes: MLX is not to keep the buffer of an old array of this size when the next layer grows
 KvBits: TypeAlias = Literal[8, 16]  # 16: the type of the activations, which on a CPU has 32
 
 
@@ -101,8 +101,8 @@ class LatentCache:
             mx.eval(rows)  # now, so that the old array is gone before the next layer grows
         self.rows[layer] = rows
         if old is not None and old.nbytes >= LARGE:
-            # MLX would keep the old buffer, which is too small for any layer to come. But it lets go of all others too,
-            # which a prompt then has to wait for again.
+            # MLX would keep the old buffer, which is too small for any layer to come. Not of small arrays: all buffers
+            # that it keeps are freed, also those that a prompt would use again.
             del old
             mx.clear_cache()
         return rows

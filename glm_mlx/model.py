@@ -26,7 +26,7 @@ from kernels.embed import embed
 from kernels.experts_down import experts_down
 from kernels.experts_gate_up import experts_gate_up, swiglu_ops
 from kernels.mla_decode import attend_ops, latent_rows_ops, mla_decode, rope_ops
-from kernels.planes import Bundle, Weight, bundled
+from kernels.planes import Bundle, QuantizedTensor, Weight, bundled
 from kernels.prefill import moe_prefill, takes
 from kernels.qmv import Norm, absorb, merge_heads, norm_qmv, qmv, qmv_all, qmv_beside
 from kernels.route import Router, experts_of, weights_of
@@ -42,10 +42,10 @@ def no_tap(name: str, value: mx.array) -> None:
 
 
 class Weights:
-    """The weights below one name: `Weights(w, "layers.3.")["self_attn.o_proj"]`. bundle: where vectors may stand."""
+    """The weights below one name: `Weights(w, "layers.3.")["self_attn.o_proj"]`. bundle: where its norms may stand."""
 
     def __init__(self, weights: MutableMapping[str, Weight], prefix: str, bundle: Bundle | None = None):
-        self.weights, self.prefix, self.of_vectors = weights, prefix, bundle
+        self.weights, self.prefix, self.bundle = weights, prefix, bundle
 
     def __getitem__(self, name: str) -> Weight:
         return self.weights[self.prefix + name]
@@ -56,7 +56,7 @@ class Weights:
     def get(self, name: str) -> Weight | None:
         return self.weights.get(self.prefix + name)
 
-    def bundle(self, *names: str) -> Bundle | None:
+    def put_together(self, *names: str) -> Bundle | None:
         """Put those that there are into one array, where launches are: the arrays that were there are dropped."""
         if mx.default_device() == mx.Device(mx.cpu):
             return None
@@ -73,7 +73,7 @@ class Weights:
         return weight
 
     def norm(self, name: str, cfg: Config) -> Norm:
-        return Norm(self.vector(name), cfg.rms_norm_eps, self.of_vectors)
+        return Norm(self.vector(name), cfg.rms_norm_eps, self.bundle)
 
 
 @cache
@@ -183,8 +183,10 @@ class MoE:
     def __init__(self, cfg: Config, weights: Weights, norm: Norm):
         self.norm = norm
         owners = ("experts", "shared_experts")
-        weights.bundle("e_score_correction_bias", *(f"{owner}.{n}_proj" for owner in owners for n in ("gate", "up")))
-        weights.bundle(*(f"{owner}.down_proj" for owner in owners))
+        if isinstance(weights["experts.gate_proj"], QuantizedTensor):  # others are too large to be copied for this
+            gate_up = (f"{owner}.{name}_proj" for owner in owners for name in ("gate", "up"))
+            weights.put_together("e_score_correction_bias", *gate_up)
+            weights.put_together(*(f"{owner}.down_proj" for owner in owners))
         self.gate = weights["gate"]
         bias = weights.vector("e_score_correction_bias") if "e_score_correction_bias" in weights else None
         scale = cfg.routed_scaling_factor
@@ -220,7 +222,7 @@ class MoE:
 
 class Block:
     # What its launches read, but for the experts. What all layers have alike comes first, so that it begins at the same
-    # words in all, and the texts of their kernels are the same.
+    # words in all, and the texts of their kernels are the same; a type that one layer alone has moves what comes after.
     BUNDLE = (
         *("input_layernorm", "post_attention_layernorm", "self_attn.q_a_layernorm", "self_attn.kv_a_layernorm"),
         *(f"self_attn.{name}" for name in ("q_proj", "q_a_proj", "kv_a_proj", "q_b_proj", "k_b", "v_b", "o_proj")),
@@ -228,7 +230,7 @@ class Block:
     )
 
     def __init__(self, cfg: Config, weights: Weights, layer: int):
-        bundle = weights.bundle(*self.BUNDLE)
+        bundle = weights.put_together(*self.BUNDLE)
         weights = Weights(weights.weights, weights.prefix, bundle)
         attn = Weights(weights.weights, f"{weights.prefix}self_attn.", bundle)
         mlp = Weights(weights.weights, f"{weights.prefix}mlp.")
@@ -251,7 +253,7 @@ class Model:
     `new_batch_cache` for sequences of different lengths.
 
     On a GPU the weights of each launch move into one array, of most launches of a layer into the same, and `weights`
-    then holds views of them.
+    then holds views of them. Experts that are not quantised stay where they are.
     """
 
     def __init__(self, cfg: Config, weights: MutableMapping[str, Weight], dtype: mx.Dtype, kv_bits: KvBits = 16):

@@ -110,9 +110,10 @@ class Case:
 
     @property
     def signature(self) -> Hashable:
-        """Equal for calls that make the same launches: where a weight stands in its bundle is in their texts."""
+        """Equal for calls of the same function with arguments of the same types, shapes and values, and for launches of
+        the same texts, which say where a weight stands in its bundle. The same in every process on a machine."""
         try:
-            launches = [id(launch) for launch, _ in self.launches()]
+            launches = [launch.name for launch, _ in self.launches()]
         except launcher.KernelRefusedError:
             launches = []
         return _signature((self.function.__qualname__, self.arguments, launches))
@@ -126,7 +127,7 @@ class Case:
 def calls(module: ModuleType, model: object, tokens: int) -> Iterator[list[Case]]:
     """Within the block the calls of ops that the module makes come to the list, each once, and its twin answers.
 
-    A call whose arguments have the same types, shapes and values is the same. Arrays of floats that the model does not
+    A call with the same `Case.signature` is the same. Arrays of floats that the model does not
     hold, its activations, become random: nothing of the model is computed.
     """
     own = {id(a) for a in held(model, mx.array)}

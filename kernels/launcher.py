@@ -141,9 +141,13 @@ def placed(*weights: Weight, bundle: Bundle | None = None) -> tuple[Layout | Non
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel with everything but its arrays. op, inputs, writes, weights and defines are what `prepare` was given."""
+    """A kernel with everything but its arrays. op, inputs, writes, weights and defines are what `prepare` was given.
+
+    name: the op and a digest of the text.
+    """
 
     op: str
+    name: str
     inputs: tuple[str, ...]
     writes: tuple[str, ...]
     weights: dict[str, Kind]
@@ -204,8 +208,8 @@ def prepare(
     """The launch of `<op>.metal` with so many threadgroups of so many simdgroups.
 
     weights: by the name that the text has for each, in capitals; its planes become inputs, or with `layout` the one
-    array that holds them all. vectors: such as have no name but that of their pointer to float, and stand in the layout
-    behind the weights. defines: more names for the text. helpers: an op whose header it has too. Raises
+    array that holds them all. vectors: of float32, by the name of their pointer in the text; inputs after the weights,
+    or behind them in `layout`. defines: more names for the text. helpers: an op whose header it has too. Raises
     KernelRefusedError, naming the op, for what Metal or CUDA could not run.
 
     writes: inputs that the kernel writes, which the text says too: its first line is `// writes: `, then their names
@@ -252,10 +256,11 @@ def prepare(
         # MLX knows a compiled text by itself alone, and a machine may have GPUs of two kinds.
         header = f"// {architecture()}\n{header}"
     # MLX keeps a compiled kernel by its name and its template alone.
-    digest = hashlib.sha256((header + body).encode()).hexdigest()[:12]
-    kernel = back_end(name=f"{op}_{digest}", input_names=names, output_names=list(outputs), source=body, header=header)
+    name = f"{op}_{hashlib.sha256((header + body).encode()).hexdigest()[:12]}"
+    kernel = back_end(name=name, input_names=names, output_names=list(outputs), source=body, header=header)
     return Launch(
         op,
+        name,
         tuple(inputs),
         tuple(writes),
         dict(weights),

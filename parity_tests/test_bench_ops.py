@@ -124,6 +124,16 @@ def test_a_device_with_kernels_measures_them_beside_their_twins(op: str, monkeyp
     assert case.contestants["twin"].nbytes == case.contestants["kernel"].nbytes
 
 
+@pytest.mark.parametrize("op", ["qmv", "heads", "experts_gate_up", "experts_down", "mla_decode"])
+def test_a_launch_gets_its_weights_in_one_array_as_in_the_model(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launcher, "back_end", lambda op: None if op in launcher._avoided else mx.fast.metal_kernel)
+    for case in op_cases.OPS[op]("Q4_0", mx.float32, replace(SIZES, num_experts=8)):
+        with launcher.recording() as seen:
+            case.contestants["kernel"].run(case.x, 0)
+        assert seen
+        assert all(len(arrays) == len(launch.inputs) + 1 for launch, arrays in seen)
+
+
 @pytest.mark.parametrize("quant", ["Q6_K", "IQ4_NL", "F16"])
 def test_types_that_mlx_has_no_operation_for_have_no_such_contestant(quant: str) -> None:
     assert [list(case.contestants) for op in ("experts_down", "heads") for case in cases(op, quant)] == [

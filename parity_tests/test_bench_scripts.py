@@ -21,6 +21,7 @@ from kernels.check import Result
 
 # import-linter keeps tests and benchmarks from importing one another.
 ROOT = Path(__file__).parents[1]
+COPY = {"gb_s": 1.0, "bytes": 1, "seconds": {}, "by": "nothing"}
 
 
 @pytest.fixture
@@ -69,6 +70,19 @@ def test_three_tokens_of_the_small_model(tmp_path: Path) -> None:
     assert len(model["header_sha256"]) == 64
     assert sum(model["bytes_by_type"].values()) == 5749568
     assert report["primitives_a_token"]["twins"]["QuantizedMatmul"] > 30
+
+
+def test_nothing_is_decoded_after_the_gpu_has_told_its_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the copy: CUPTI stays in the process."""
+    order: list[str] = []
+    measure = decode.measure_all
+    monkeypatch.setattr(decode, "measure_all", lambda *args: order.append("decode") or measure(*args))
+    monkeypatch.setattr(decode, "copy_bandwidth", lambda: order.append("copy") or {**COPY})
+    monkeypatch.setattr(conditions, "copy_bandwidth", lambda: order.append("too early") or {**COPY})
+    path = tmp_path / "out.json"
+    assert decode.main(["--depths", "0", "--count", "1", "--rounds", "1", "--json", str(path)]) == 0
+    assert order == ["decode", "copy"]
+    assert json.loads(path.read_text())["conditions"]["copy"] == COPY
 
 
 @pytest.mark.usefixtures("quick")
