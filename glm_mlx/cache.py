@@ -35,7 +35,7 @@ class LatentCache:
 
     54,144 bytes a token for GLM-4.7-Flash in 16 bits, 31,584 in 8. The arrays grow by an eighth at least: over a long
     answer eight rows are copied for each new one, where a token reads them all anyway. They never hold more than
-    `limit` rows, and while they grow one layer stands in memory twice.
+    `limit` rows, and while they grow one layer stands in memory twice; of small arrays MLX keeps the old buffers.
     """
 
     def __init__(self, num_layers: int, row_format: RowFormat, limit: int | None = None):
