@@ -1,7 +1,7 @@
 """The ops of the decode path at GLM-4.7-Flash's shapes, each by its kernel, by its twin and by MLX's own operations.
 
-A case holds so many sets of weights, chosen experts or caches that no cache of the machine keeps them from one launch
-to the next with the same set. Adding an op, or the kernel of one, is an entry here.
+A case holds so many sets of weights, tokens, chosen experts or caches that no cache of the machine keeps them from one
+launch to the next with the same set. Adding an op, or the kernel of one, is an entry here.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,12 +14,14 @@ import numpy as np
 from bench.synthetic import config, random_weight
 from glm_mlx.model import rope_wavelengths
 from kernels import launcher
+from kernels.embed import embed
 from kernels.experts_down import experts_down
 from kernels.experts_gate_up import experts_gate_up, swiglu_ops
 from kernels.mla_decode import latent_rows_ops, mla_decode, rope_ops
 from kernels.planes import GROUP, QUANT_TYPES, SUPER, Bundle, QuantizedTensor, Weight, bundled, group_scales
 from kernels.qmv import Norm, absorb, merge_heads, qmv, qmv_all
 from kernels.route import Router
+from kernels.rows import RowFormat
 
 CFG = config()
 TOP_K, SHARED = CFG.num_experts_per_tok, CFG.num_shared_experts
@@ -56,7 +58,11 @@ class Contestant:
 
 @dataclass(frozen=True)
 class Case:
-    """An op at one shape. `other_nbytes`: what it reads beside x and the weights, such as ids and residuals."""
+    """An op at one shape.
+
+    x: the activations; of embed the ids of the vocabulary, int32, of which each launch takes the one of its set.
+    other_nbytes: what it reads beside x and the weights, such as ids and residuals; below 0 if not all of x is read.
+    """
 
     op: str
     what: str
@@ -66,6 +72,12 @@ class Case:
     flops: float
     contestants: dict[str, Contestant]  # the first is the twin
     other_nbytes: int = 0
+    row_dtype: mx.Dtype | None = None  # of embed
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """Of the activations."""
+        return self.row_dtype or self.x.dtype
 
 
 class Bytes(Protocol):
@@ -102,6 +114,10 @@ class Affine:
         """x (T, K or 1, cols), experts (T, K) -> (T, K, rows)"""
         y = mx.gather_qmm(x[:, :, None], self.quants, self.scales, self.biases, None, experts, True, GROUP, self.bits)
         return y[:, :, 0]
+
+    def take(self, rows: mx.array) -> mx.array:
+        """rows (...) -> their values (..., cols), as in MLX's own embedding"""
+        return mx.dequantize(self.quants[rows], self.scales[rows], self.biases[rows], GROUP, self.bits)
 
 
 def affine(w: Weight, dtype: mx.Dtype) -> Affine | None:
@@ -170,6 +186,49 @@ def _floats(weight: Weight) -> mx.array:
 
 def _sets(nbytes_of_one: int, sizes: Sizes) -> int:
     return min(MOST_SETS, max(2, -(-sizes.rotating_bytes // nbytes_of_one)))
+
+
+# --- the embedding
+
+
+def embed_cases(quant: str, dtype: mx.Dtype, sizes: Sizes) -> Iterator[Case]:
+    """A launch's token is a view of x, so that it waits for whoever computes x and costs no launch of its own."""
+    vocab, hidden = sizes.vocab_size, CFG.hidden_size
+    if not fits(quant, hidden):
+        return
+    count = _sets(_weight(quant, (vocab, hidden), 0).nbytes, sizes)
+    tables = [_weight(quant, (vocab, hidden), seed) for seed in range(count)]
+    own = [a for w in tables if (a := affine(w, dtype))]
+    order = np.random.default_rng(0).permutation(vocab).tolist()
+    ids = mx.arange(vocab)[None]
+    mx.eval(ids)
+
+    def token(x: mx.array, i: int) -> mx.array:
+        begin = order[i // count]
+        return x[:, begin : begin + 1].astype(mx.int32)  # the cast is for the judge alone, in float32
+
+    def call(x: mx.array, i: int) -> list[mx.array]:
+        return [embed(tables[i % count], token(x, i), dtype if x.dtype == ids.dtype else x.dtype)]
+
+    def by_mlx(x: mx.array, i: int) -> list[mx.array]:
+        return [own[i % count].take(token(x, i))]
+
+    yield Case(
+        "embed",
+        f"1 of {vocab} rows of {hidden}",
+        quant,
+        ids,
+        count * vocab,
+        0.0,
+        _contestants(
+            "embed",
+            call,
+            tables[0].nbytes // vocab,
+            Contestant(by_mlx, own[0].nbytes // vocab) if own else None,
+        ),
+        ids.itemsize - ids.nbytes,
+        dtype,
+    )
 
 
 # --- matrices
@@ -417,14 +476,22 @@ def down_cases(quant: str, dtype: mx.Dtype, sizes: Sizes) -> Iterator[Case]:
 
 
 def mla_decode_cases(quant: str, dtype: mx.Dtype, sizes: Sizes) -> Iterator[Case]:
-    for context in sizes.contexts:
-        yield _mla_decode_case(context, dtype, sizes)
+    """With a cache of the activations' dtype, and in 8 bits."""
+    for stored in (dtype, mx.uint8):
+        for context in sizes.contexts:
+            yield _mla_decode_case(context, RowFormat(CFG.kv_lora_rank, CFG.qk_rope_head_dim, stored), dtype, sizes)
 
 
-def _mla_decode_case(context: int, dtype: mx.Dtype, sizes: Sizes) -> Case:
+def _rows(row_format: RowFormat, context: int, dtype: mx.Dtype, seed: int) -> mx.array:
+    made = row_format.store(_normal((1, context, row_format.values), dtype, seed))
+    mx.eval(made)
+    return made
+
+
+def _mla_decode_case(context: int, row_format: RowFormat, dtype: mx.Dtype, sizes: Sizes) -> Case:
     heads, latent, scale = CFG.num_heads, CFG.kv_lora_rank, CFG.softmax_scale
-    count = _sets(context * CFG.cache_dim * dtype.size, sizes)
-    caches = [_normal((1, context, CFG.cache_dim), dtype, seed) for seed in range(count)]
+    count = _sets(context * row_format.nbytes, sizes)
+    caches = [_rows(row_format, context, dtype, seed) for seed in range(count)]
     q = _normal((1, 1, heads * CFG.qk_head_dim), dtype, 1)
     kv_a = _normal((1, 1, CFG.cache_dim), dtype, 2)
     wavelengths = rope_wavelengths(CFG)
@@ -456,20 +523,22 @@ def _mla_decode_case(context: int, dtype: mx.Dtype, sizes: Sizes) -> Case:
         assert merge is not None
         return [merge.matmul(out.reshape(heads, 1, latent)).reshape(1, 1, -1)]
 
-    read = caches[0].nbytes + v_b[0].nbytes
+    read = context * row_format.nbytes
+    mlx = None if row_format.is_packed else Contestant(by_mlx, read + merges[0].nbytes)
     return Case(
         "mla_decode",
         f"{context} rows of {CFG.cache_dim}, {heads} heads",
-        "-",
+        "8 bits" if row_format.is_packed else "-",
         _normal((1, heads, 1, latent), dtype),
         count,
         2.0 * heads * (context * (CFG.cache_dim + latent) + CFG.v_head_dim * latent),
-        _contestants("mla_decode", call, read, Contestant(by_mlx, caches[0].nbytes + merges[0].nbytes)),
+        _contestants("mla_decode", call, read + v_b[0].nbytes, mlx),
         q.nbytes + kv_a.nbytes + norms[0].weight.nbytes + wavelengths.nbytes,
     )
 
 
 OPS: dict[str, Callable[[str, mx.Dtype, Sizes], Iterator[Case]]] = {
+    "embed": embed_cases,
     "qmv": qmv_cases,
     "router": router_cases,
     "heads": heads_cases,

@@ -1,9 +1,9 @@
 """Times the contestants of a case in turns, each in a chain of launches that wait for one another.
 
-In a chain, as in decode, a launch takes its activations from the result of the one before. Between them stands a link:
-a few small operations, one of them so slow that the device, and not the host that queues the launches, sets the time of
-the chain. The link alone is timed in every round, and its time is taken off. So the figure is what the device needs for
-a launch that has to wait; what the host needs for each is the "tiny launch" beside the table.
+In a chain, as in decode, a launch takes its activations, or its token, from the result of the one before. Between them
+stands a link: a few small operations, one of them so slow that the device, and not the host that queues the launches,
+sets the time of the chain. The link alone is timed in every round, and its time is taken off. So the figure is what the
+device needs for a launch that has to wait; what the host needs for each is the "tiny launch" beside the table.
 """
 
 import time
@@ -39,6 +39,7 @@ def seconds(arrays: Sequence[mx.array]) -> float:
 
 class Link:
     """From the first value of a result to activations: the same normal ones every time, moved by less than 1.
+    Of int32, for tokens, they are 0, 1, 2 and so on. `mx.depends` would not do: the device does not wait for it.
 
     A sum over a row runs in one threadgroup: it takes as long as the row is, and leaves the memory and its caches to
     what is measured.
@@ -46,12 +47,17 @@ class Link:
 
     def __init__(self, dtype: mx.Dtype, elements: int):
         self.is_first = mx.arange(elements) == 0
-        values = mx.where(self.is_first, 0, mx.random.normal((elements,), key=mx.random.key(0)))
+        normal = mx.where(self.is_first, 0, mx.random.normal((elements,), key=mx.random.key(0)))
+        values = mx.arange(elements) if dtype == mx.int32 else normal
         self.steps = (values - mx.concatenate([values[:1], values[:-1]])).astype(dtype)
         mx.eval(self.steps, self.is_first)
 
     def next(self, result: mx.array) -> mx.array:
-        first = mx.tanh(result.reshape(-1)[:1])
+        values = result.reshape(-1)
+        if self.steps.dtype == mx.int32:
+            first = values[: mx.int32.size // values.itemsize].view(mx.int32) & 0  # one small operation, as tanh is
+        else:
+            first = mx.tanh(values[:1])
         return mx.cumsum(mx.where(self.is_first, first, self.steps))
 
     def chain(self, links: int) -> float:
@@ -118,9 +124,10 @@ class _Timer:
         values, x = self.link.steps, self.case.x
         results: list[mx.array] = []  # all of them: one that nobody asks for is not computed
         for _ in range(launches):
-            result = self.run(values[: x.size].reshape(x.shape), self.take())
+            result = self.run(x, self.take())
             results += result
             values = self.link.next(result[0])
+            x = values[: x.size].reshape(x.shape)
         return seconds([values, *results])
 
     def independent(self, launches: int) -> float:

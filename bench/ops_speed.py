@@ -4,11 +4,11 @@ examples:
   python bench/ops_speed.py
   python bench/ops_speed.py --op experts_gate_up,experts_down --quant Q4_0,Q4_K --dtype bfloat16
 
-Launches wait for one another, as in decode ("chain"), or not ("independent"). Weights, chosen experts and caches
-rotate, so that no cache holds them. The contestants take turns; a wrong result is not timed. "GPU" is the time that the
-GPU itself spent, known on NVIDIA with PyTorch installed; where it is known, the columns after it are by it. GB/s counts
-each byte once that a launch must read or write; "of copy" is its share of what a copy on this device moves. On a CPU
-there are no kernels, and fewer experts, tokens of the vocabulary and rounds.
+Launches wait for one another, as in decode ("chain"), or not ("independent"). Weights, tokens, chosen experts and
+caches rotate, so that no cache holds them. The contestants take turns; a wrong result is not timed. "GPU" is the time
+that the GPU itself spent, known on NVIDIA with PyTorch installed; where it is known, the columns after it are by it.
+GB/s counts each byte once that a launch must read or write; "of copy" is its share of what a copy on this device moves.
+On a CPU there are no kernels, and fewer experts, tokens of the vocabulary and rounds.
 """
 
 import sys
@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
                 for quant in args.quant[:1] if op in WITHOUT_QUANT else args.quant:
                     for case in OPS[op](quant, dtype, sizes):
                         status.update(f"{op}: {case.what}")
-                        link, tiny[case.x.dtype] = Link.long_enough(case.x.dtype, case.x.size)
+                        link, tiny[case.dtype] = Link.long_enough(case.x.dtype, case.x.size)
                         measure(case, link, rounds, rows)
                 mx.clear_cache()
     except KeyboardInterrupt:
@@ -148,7 +148,7 @@ def _as_json(row: Row) -> dict[str, Any]:
         "op": case.op,
         "shape": case.what,
         "type": case.quant,
-        "dtype": script.dtype_name(case.x.dtype),
+        "dtype": script.dtype_name(case.dtype),
         "by": row.by,
         "sets": case.sets,
         "bytes": row.nbytes,

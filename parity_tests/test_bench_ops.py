@@ -1,7 +1,10 @@
 """The benchmark of the ops does what it says: it counts touched bytes, launches wait, wrong results are not timed."""
 
+import io
 import itertools
-from collections.abc import Callable, Sequence
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +13,7 @@ import numpy as np
 import pytest
 
 import glm_mlx.model
-from bench import gpu_time, op_cases, op_timing
+from bench import gpu_time, op_cases, op_timing, tune
 from glm_mlx.load import load_model
 from glm_mlx.model import decode_bytes
 from glm_mlx.small import SMALL_MODEL
@@ -19,6 +22,7 @@ from kernels.planes import QuantizedTensor, Weight
 from kernels.qmv import Norm
 from kernels.route import Router, experts_of
 from kernels.small_experts import SmallExperts
+from parity_tests.msl import executing
 
 # import-linter keeps tests and benchmarks from importing one another.
 SIZES = replace(op_cases.CPU, num_experts=6, layers=2, vocab_size=512, rotating_bytes=1 << 20, contexts=(64,))
@@ -84,7 +88,51 @@ def test_matrix_bytes_are_those_of_the_planes(op: str, monkeypatch: pytest.Monke
         assert case.contestants["twin"].nbytes == sum(seen)
 
 
-@pytest.mark.parametrize("op", ["qmv", "heads", "mla_decode"])
+@pytest.mark.parametrize("quant", ["Q4_0", "Q4_K", "F16"])
+def test_embed_reads_one_row_and_every_row_once_in_turn(quant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of real tables; the whole vocabulary's ids, which are there for the launches to take from, are not counted."""
+    read: list[tuple[int, int, int]] = []  # table, token, bytes
+
+    def spy(w: Weight, tokens: mx.array, dtype: mx.Dtype) -> mx.array:
+        read.append((id(w), tokens.item(), sum(p[tokens[0]].nbytes for p in planes(w))))
+        return mx.zeros((1, 1, 1))
+
+    (case,) = cases("embed", quant)
+    rows: list[Any] = []
+    op_timing.measure(case, op_timing.Link(case.x.dtype, case.x.size), 0, rows)
+    monkeypatch.setattr(op_cases, "embed", spy)
+    for i in range(case.sets):
+        case.contestants["twin"].run(case.x, i)
+    assert len({(table, token) for table, token, _ in read}) == case.sets
+    assert {token for _, token, _ in read} == set(range(SIZES.vocab_size))
+    assert {nbytes for _, _, nbytes in read} == {case.contestants["twin"].nbytes}
+    assert rows[0].nbytes == read[0][2] + 4 + 4 * op_cases.CFG.hidden_size
+
+
+def test_a_cache_in_8_bits_is_counted_at_672_bytes_a_row_and_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[mx.Dtype, int, int]] = []
+
+    def spy(*args: Any) -> Any:
+        cache, v_b = args[5], args[8]
+        seen.append((cache.dtype, cache.nbytes, sum(p.nbytes for p in planes(v_b))))
+        return [mx.zeros((1, 1))]
+
+    monkeypatch.setattr(op_cases, "mla_decode", spy)
+    contexts = (64, 33)
+    found = list(op_cases.OPS["mla_decode"]("Q4_0", mx.bfloat16, replace(SIZES, contexts=contexts)))
+    for case in found:
+        case.contestants["twin"].run(case.x, 0)
+    assert [(dtype, nbytes) for dtype, nbytes, _ in seen] == [
+        *[(mx.bfloat16, 1152 * context) for context in contexts],
+        *[(mx.uint8, 672 * context) for context in contexts],
+    ]
+    assert [case.contestants["twin"].nbytes for case in found] == [nbytes + v_b for _, nbytes, v_b in seen]
+    assert [(case.what, case.quant, "mlx" in case.contestants) for case in found] == [
+        (f"{context} rows of 576, 20 heads", kind, kind == "-") for kind in ("-", "8 bits") for context in contexts
+    ]
+
+
+@pytest.mark.parametrize("op", ["embed", "qmv", "heads", "mla_decode"])
 def test_sets_are_more_than_a_cache_holds(op: str) -> None:
     for case in cases(op):
         assert case.sets >= 2
@@ -105,7 +153,52 @@ def test_contestants_compute_the_same(op: str, quant: str) -> None:
         assert row.nbytes > row.case.contestants[row.by].nbytes > 0
 
 
-@pytest.mark.parametrize("op", ["qmv", "heads", "experts_gate_up", "experts_down", "mla_decode"])
+@pytest.fixture
+def executed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], dict[str, list[Any]]]]:
+    """A function that measures an op at small shapes, its kernel run by the executor: rows by the case's type."""
+    small = {"hidden_size": 64, "num_heads": 2, "kv_lora_rank": 64, "qk_rope_head_dim": 16, "v_head_dim": 32}
+    monkeypatch.setattr(op_cases, "CFG", replace(op_cases.CFG, **small))
+    monkeypatch.setattr(op_timing, "LAUNCHES", (2, 2))
+    sizes = replace(SIZES, vocab_size=40, rotating_bytes=1 << 12, contexts=(33,))
+
+    def measured(op: str) -> dict[str, list[Any]]:
+        rows: dict[str, list[Any]] = {}
+        tune.clear_launches()
+        with executing():
+            for case in op_cases.OPS[op]("Q4_0", mx.bfloat16, sizes):
+                link = op_timing.Link(case.x.dtype, case.x.size)
+                op_timing.measure(case, link, 1, rows.setdefault(case.quant, []))
+        return rows
+
+    yield measured
+    tune.clear_launches()
+
+
+@pytest.mark.parametrize(
+    ("op", "right", "wrong", "types"),
+    [
+        ("embed", "tokens[token]", "tokens[token] + 1", {"Q4_0": True}),
+        ("mla_decode", "field<8, 0, 128>", "field<8, 0, 127>", {"-": False, "8 bits": True}),
+    ],
+    ids=["embed", "mla_decode"],
+)
+def test_kernels_are_timed_beside_their_twins_and_faulty_ones_are_not(
+    op: str, right: str, wrong: str, types: dict[str, bool], executed: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """types: of the cases, and whether the fault is in what they run."""
+    for rows in executed(op).values():
+        assert {row.by for row in rows} >= {"twin", "kernel"}
+        assert [(row.problem, len(row.chain)) for row in rows] == [(None, 1)] * len(rows)
+        assert all(row.error > 0 for row in rows)  # against float32
+    text = launcher._text
+    monkeypatch.setattr(launcher, "_text", lambda name: text(name).replace(right, wrong))
+    found = executed(op)
+    assert {kind: any(row.problem for row in rows) for kind, rows in found.items()} == types
+    for row in [row for rows in found.values() for row in rows if row.problem]:
+        assert (row.by, row.problem[:20], row.chain) == ("kernel", "wrong result, off by", [])
+
+
+@pytest.mark.parametrize("op", ["embed", "qmv", "heads", "experts_gate_up", "experts_down", "mla_decode"])
 def test_a_device_with_kernels_measures_them_beside_their_twins(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     avoided: list[bool] = []
     monkeypatch.setattr(launcher, "back_end", lambda op: None if op in launcher._avoided else mx.fast.metal_kernel)
@@ -114,7 +207,7 @@ def test_a_device_with_kernels_measures_them_beside_their_twins(op: str, monkeyp
         avoided.append(all(launcher.back_end(name) is None for name in launcher.OPS))
         return [mx.zeros((1, 1))] * 2
 
-    for name in ("qmv", "qmv_all", "absorb", "merge_heads", "experts_gate_up", "experts_down", "mla_decode"):
+    for name in ("qmv", "qmv_all", "absorb", "merge_heads", "experts_gate_up", "experts_down", "mla_decode", "embed"):
         monkeypatch.setattr(op_cases, name, spy)
     case = cases(op)[0]
     assert list(case.contestants)[:2] == ["twin", "kernel"]
@@ -171,6 +264,55 @@ def test_activations_of_a_chain_stay_as_they_are() -> None:
     got = np.asarray(values.astype(mx.float32))
     assert got.std() == pytest.approx(1, abs=0.1)
     assert abs(got.mean()) < 1.5
+
+
+VIEWS = ("Slice", "Reshape", "View")  # operations that launch nothing
+
+
+def operations(y: mx.array) -> Counter[str]:
+    """How many of each make y."""
+    graph = io.StringIO()
+    mx.export_to_dot(graph, y)
+    return Counter(re.findall(r'label ="(\w+)', graph.getvalue()))
+
+
+def test_the_token_of_a_launch_waits_for_the_one_before_and_costs_no_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between a result and the next token are the link's operations, and views of what they compute."""
+    tokens: list[mx.array] = []
+    made: list[Counter[str]] = []
+
+    def spy(w: Weight, token: mx.array, dtype: mx.Dtype) -> mx.array:
+        tokens.append(token)
+        made.append(operations(token))
+        return result()
+
+    zeros = mx.zeros((1, 1, 8), mx.bfloat16)
+    mx.eval(zeros)
+
+    def result() -> mx.array:
+        return mx.exp(zeros)
+
+    monkeypatch.setattr(op_cases, "embed", spy)
+    (case,) = cases("embed", dtype=mx.bfloat16)
+    link = op_timing.Link(case.x.dtype, 1024)
+    op_timing._Timer(case, case.contestants["twin"], link, None).chain(4)
+    for i in range(1, 5):
+        case.contestants["twin"].run(case.x, i)
+    assert [t.item() for t in tokens[:4]] == [t.item() for t in tokens[4:]]
+    of_link, alone = operations(link.next(result())), operations(link.next(link.steps))
+    assert made[1] >= of_link >= alone
+    assert "Exp" in of_link - alone
+    assert set(made[1] - alone) <= {"Exp", *VIEWS}
+
+
+def test_tokens_of_a_chain_stay_as_they_are() -> None:
+    link = op_timing.Link(mx.int32, 1000)
+    values = link.steps
+    for dtype, number in ((mx.bfloat16, mx.nan), (mx.float32, -mx.inf), (mx.float16, -1.5)):
+        assert link.next(mx.full((1, 1, 2), number, dtype)).tolist() == list(range(1000))
+    for _ in range(200):
+        values = link.next(values + 7)
+    assert values.tolist() == list(range(1000))
 
 
 def test_a_wrong_result_is_not_timed() -> None:

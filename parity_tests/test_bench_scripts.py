@@ -235,7 +235,7 @@ def test_bad_input_is_one_line(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--op", "router,rout"], "'rout' is none of qmv, "),
+        (["--op", "router,rout"], "'rout' is none of embed, "),
         (["--quant", "Q3_K"], "'Q3_K' is none of Q4_0, "),
         (["--rounds", "0"], "'0' is not a whole number from 1"),
         (["--dtype", "int8"], "invalid choice: 'int8'"),
