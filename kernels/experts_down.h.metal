@@ -10,23 +10,37 @@ inline void add_rows(
   for (uint step = 0; step < uint(CHUNKS); step += 32 * DEPTH) {
     const uint begin = from + step + lane;
     Raw raw[ROWS][DEPTH];
+    decltype(load_turn(w, 0u, 0u, 0u)) turn[ROWS];
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+      turn[r] = load_turn(w, min(first + uint(r), last), from + step, lane);
+    }
 #pragma unroll
     for (int d = 0; d < DEPTH; ++d) {
       if (has_chunk<CHUNKS, DEPTH * 32>(step + lane + uint(32 * d))) {
 #pragma unroll
         for (int r = 0; r < ROWS; ++r) {
-          raw[r][d] = load(w, min(first + uint(r), last), begin, 32 * d);
+          raw[r][d] = load_own(w, min(first + uint(r), last), begin, 32 * d);
         }
       }
     }
     LOADS_END
 #pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+      turn[r] = unpacked(w, turn[r]);
+    }
+#pragma unroll
     for (int d = 0; d < DEPTH; ++d) {
+      decltype(of_chunk(w, turn[0], 0u, 0u)) own[ROWS];
+#pragma unroll
+      for (int r = 0; r < ROWS; ++r) {
+        own[r] = of_chunk(w, turn[r], begin + uint(32 * d), from + step);
+      }
       if (has_chunk<CHUNKS, DEPTH * 32>(step + lane + uint(32 * d))) {
         const Eight x8 = load_eight(x, begin, 32 * d);
 #pragma unroll
         for (int r = 0; r < ROWS; ++r) {
-          parts[r] += dot(decode(w, raw[r][d], begin), x8);
+          parts[r] += dot(decode_own(w, raw[r][d], own[r], begin), x8);
         }
       }
     }

@@ -96,26 +96,45 @@ inline void swiglu_rows(G gate, U up, const device T* x, uint first, uint last, 
     const uint begin = step + lane;
     Raw raw_gate[ROWS][DEPTH];
     Raw raw_up[ROWS][DEPTH];
+    decltype(load_turn(gate, 0u, 0u, 0u)) turn_gate[ROWS];
+    decltype(load_turn(up, 0u, 0u, 0u)) turn_up[ROWS];
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+      turn_gate[r] = load_turn(gate, min(first + uint(r), last), step, lane);
+      turn_up[r] = load_turn(up, min(first + uint(r), last), step, lane);
+    }
 #pragma unroll
     for (int d = 0; d < DEPTH; ++d) {
       if (has_chunk<COLS / 8, DEPTH * 32>(begin + uint(32 * d))) {
 #pragma unroll
         for (int r = 0; r < ROWS; ++r) {
           const uint row = min(first + uint(r), last);
-          raw_gate[r][d] = load(gate, row, begin, 32 * d);
-          raw_up[r][d] = load(up, row, begin, 32 * d);
+          raw_gate[r][d] = load_own(gate, row, begin, 32 * d);
+          raw_up[r][d] = load_own(up, row, begin, 32 * d);
         }
       }
     }
     LOADS_END
 #pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+      turn_gate[r] = unpacked(gate, turn_gate[r]);
+      turn_up[r] = unpacked(up, turn_up[r]);
+    }
+#pragma unroll
     for (int d = 0; d < DEPTH; ++d) {
+      decltype(of_chunk(gate, turn_gate[0], 0u, 0u)) own_gate[ROWS];
+      decltype(of_chunk(up, turn_up[0], 0u, 0u)) own_up[ROWS];
+#pragma unroll
+      for (int r = 0; r < ROWS; ++r) {
+        own_gate[r] = of_chunk(gate, turn_gate[r], begin + uint(32 * d), step);
+        own_up[r] = of_chunk(up, turn_up[r], begin + uint(32 * d), step);
+      }
       if (has_chunk<COLS / 8, DEPTH * 32>(begin + uint(32 * d))) {
         const Eight x8 = load_eight(x, begin, 32 * d);
 #pragma unroll
         for (int r = 0; r < ROWS; ++r) {
-          gates[r] += dot(decode(gate, raw_gate[r][d], begin), x8);
-          ups[r] += dot(decode(up, raw_up[r][d], begin), x8);
+          gates[r] += dot(decode_own(gate, raw_gate[r][d], own_gate[r], begin), x8);
+          ups[r] += dot(decode_own(up, raw_up[r][d], own_up[r], begin), x8);
         }
       }
     }

@@ -36,18 +36,32 @@ inline void qmv_rows(
   for (uint step = 0; step < uint(COLS / 8); step += DEPTH * LANES) {
     const uint begin = step + lane % uint(LANES);
     Raw raw[ROWS][DEPTH];
+    decltype(load_turn(w, 0u, 0u, 0u)) turn[ROWS];
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+      turn[r] = load_turn(w, base + min(first + uint(32 / LANES * r), rows - 1u), step, lane);
+    }
 #pragma unroll
     for (int d = 0; d < DEPTH; ++d) {
       if (has_chunk<COLS / 8, DEPTH * LANES>(begin + uint(LANES * d))) {
 #pragma unroll
         for (int r = 0; r < ROWS; ++r) {
-          raw[r][d] = load(w, base + min(first + uint(32 / LANES * r), rows - 1u), begin, LANES * d);
+          raw[r][d] = load_own(w, base + min(first + uint(32 / LANES * r), rows - 1u), begin, LANES * d);
         }
       }
     }
     LOADS_END
 #pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+      turn[r] = unpacked(w, turn[r]);
+    }
+#pragma unroll
     for (int d = 0; d < DEPTH; ++d) {
+      decltype(of_chunk(w, turn[0], 0u, 0u)) own[ROWS];
+#pragma unroll
+      for (int r = 0; r < ROWS; ++r) {
+        own[r] = of_chunk(w, turn[r], begin + uint(LANES * d), step);
+      }
       if (has_chunk<COLS / 8, DEPTH * LANES>(begin + uint(LANES * d))) {
         Eight gain;
         if (NORMED) {
@@ -66,7 +80,7 @@ inline void qmv_rows(
           }
 #pragma unroll
           for (int r = 0; r < ROWS; ++r) {
-            sums[r][t] += dot(decode(w, raw[r][d], begin), x8);
+            sums[r][t] += dot(decode_own(w, raw[r][d], own[r], begin), x8);
           }
         }
       }

@@ -8,6 +8,15 @@
 //   decode(w, raw, chunk) -> Chunk     value = scale * quants[i] + minimum; chunk + ahead decodes alike
 //   dot(chunk, x)                      the sum of eight values times x
 //
+// Rows that a simdgroup reads a turn at a time, DEPTH chunks a lane, are loaded in two parts. Of a K-quant's scales, which
+// 32 chunks share, each lane then loads and unpacks a part for all:
+//
+//   load_turn(w, row, first, lane) -> Turn   scales of the chunks from `first` on, which is the simdgroup's, not the lane's
+//   load_own(w, row, chunk, ahead) -> Raw    all that is not in the Turn
+//   unpacked(w, turn) -> Turn                once, when it is there
+//   of_chunk(w, turn, chunk, first) -> Own   by all lanes together: what the turn has for each one's chunk
+//   decode_own(w, raw, own, chunk) -> Chunk
+//
 // A lane takes chunks lane, lane + 32, ...: whatever the type, a simdgroup then reads neighbouring bytes. It loads DEPTH
 // of them before it decodes the first: with less under way, a GPU waits for memory.
 //
@@ -384,6 +393,129 @@ inline Raw load(Super<CODE, COLS> w, uint row, uint chunk, int ahead) {
 template <class CODE, int COLS>
 inline Chunk<false> decode(Super<CODE, COLS> w, Raw raw, uint chunk) {
   return scaled<false>(unpack(CODE(), raw, chunk), float(raw.scale) * float(int(raw.sub[0])), 0.0f);
+}
+
+// ---- for weights: a turn of a row -----------------------------------------------------------------------------------
+
+struct Turn {};
+struct Own {};
+struct SuperOwn {
+  float scale;
+  float minimum;
+};
+
+template <class W>
+inline Turn load_turn(W w, uint row, uint first, uint lane) {
+  return Turn();
+}
+
+template <class W>
+inline Raw load_own(W w, uint row, uint chunk, int ahead) {
+  return load(w, row, chunk, ahead);
+}
+
+template <class W, class T>
+inline T unpacked(W w, T turn) {
+  return turn;
+}
+
+template <class W>
+inline Own of_chunk(W w, Turn turn, uint chunk, uint first) {
+  return Own();
+}
+
+template <class W>
+inline auto decode_own(W w, Raw raw, Own own, uint chunk) {
+  return decode(w, raw, chunk);
+}
+
+// ---- for SuperMin ---------------------------------------------------------------------------------------------------
+
+// Lane l has of block l / 4 of the turn the bytes l % 4, which are those of groups l % 4 and l % 4 + 4, and d and dmin.
+// Unpacked, the first word is four numbers of six bits: scale and minimum of the one group, then of the other.
+struct SuperMinTurn {
+  uint bytes[3];
+  float16_t scale;
+  float16_t minimum;
+};
+
+template <class CODE, int COLS>
+inline SuperMinTurn load_turn(SuperMin<CODE, COLS> w, uint row, uint first, uint lane) {
+  const uint block = row * uint(COLS / 256) + min(first / 32 + lane / 4, uint(COLS / 256 - 1));
+  SuperMinTurn turn;
+  turn.scale = w.scales[block];
+  turn.minimum = w.mins[block];
+#pragma unroll
+  for (int i = 0; i < 3; ++i) {
+    turn.bytes[i] = uint(w.sub_scales[block * 12 + uint(4 * i) + lane % 4]);
+  }
+  return turn;
+}
+
+template <class CODE, int COLS>
+inline Raw load_own(SuperMin<CODE, COLS> w, uint row, uint chunk, int ahead) {
+  Raw raw;
+  load_quants<CODE, COLS>(w.quants, row, chunk, ahead, raw);
+  return raw;
+}
+
+template <class CODE, int COLS>
+inline SuperMinTurn unpacked(SuperMin<CODE, COLS> w, SuperMinTurn turn) {
+  const uint scales = turn.bytes[0];
+  const uint mins = turn.bytes[1];
+  const uint both = turn.bytes[2];
+  const uint late = (both & 15u) | ((scales >> 2) & 48u) | ((both & 240u) << 4) | ((mins << 6) & 0x3000u);
+  turn.bytes[0] = (scales & 63u) | ((mins & 63u) << 8) | (late << 16);
+  turn.bytes[1] = uint(as_type<ushort>(turn.scale)) | (uint(as_type<ushort>(turn.minimum)) << 16);
+  return turn;
+}
+
+template <class CODE, int COLS>
+inline SuperOwn of_chunk(SuperMin<CODE, COLS> w, SuperMinTurn turn, uint chunk, uint first) {
+  const uint group = (chunk / 4) & 7u;
+  const ushort from = ushort((chunk / 32 - first / 32) * 4 + (group & 3u));
+  const uint numbers = simd_shuffle(turn.bytes[0], from) >> ((group & 4u) * 4);
+  const half2 factors = as_type<half2>(simd_shuffle(turn.bytes[1], from));
+  return SuperOwn{float(factors.x) * field<6, 0, 0>(numbers), -(float(factors.y) * field<6, 8, 0>(numbers))};
+}
+
+template <class CODE, int COLS>
+inline Chunk<true> decode_own(SuperMin<CODE, COLS> w, Raw raw, SuperOwn own, uint chunk) {
+  return scaled<true>(unpack(CODE(), raw, chunk), own.scale, own.minimum);
+}
+
+// ---- for Super ------------------------------------------------------------------------------------------------------
+
+// Lane l has of block l / 4 of the turn four of the sixteen bytes, and d.
+struct SuperTurn {
+  uint bytes;
+  float scale;
+};
+
+template <class CODE, int COLS>
+inline SuperTurn load_turn(Super<CODE, COLS> w, uint row, uint first, uint lane) {
+  const uint block = row * uint(COLS / 256) + min(first / 32 + lane / 4, uint(COLS / 256 - 1));
+  return SuperTurn{((const device uint32_t*)w.sub_scales)[block * 4 + lane % 4], float(w.scales[block])};
+}
+
+template <class CODE, int COLS>
+inline Raw load_own(Super<CODE, COLS> w, uint row, uint chunk, int ahead) {
+  Raw raw;
+  load_quants<CODE, COLS>(w.quants, row, chunk, ahead, raw);
+  return raw;
+}
+
+template <class CODE, int COLS>
+inline SuperOwn of_chunk(Super<CODE, COLS> w, SuperTurn turn, uint chunk, uint first) {
+  const ushort from = ushort((chunk / 32 - first / 32) * 4 + (chunk / 8) % 4);
+  const uint four = simd_shuffle(turn.bytes, from);
+  const int number = int(four << (24 - (chunk / 2) % 4 * 8)) >> 24;
+  return SuperOwn{simd_shuffle(turn.scale, from) * float(number), 0.0f};
+}
+
+template <class CODE, int COLS>
+inline Chunk<false> decode_own(Super<CODE, COLS> w, Raw raw, SuperOwn own, uint chunk) {
+  return scaled<false>(unpack(CODE(), raw, chunk), own.scale, 0.0f);
 }
 
 // ---- for Dense ------------------------------------------------------------------------------------------------------
