@@ -362,7 +362,9 @@ using namespace metal;
 #define threads_per_grid (metal::shim::groups() * metal::shim::threads())
 #define thread_index_in_threadgroup metal::shim::thread_number()
 #define thread_index_in_simdgroup (metal::shim::thread_number() % 32u)
-#define simdgroup_index_in_threadgroup (metal::shim::thread_number() / 32u)
+// By a shuffle, so that NVRTC knows it to be one number for all lanes: branches on it then leave simdgroups whole, and
+// what lanes do together inside needs no second version.
+#define simdgroup_index_in_threadgroup (__shfl_sync(0xFFFFFFFFu, metal::shim::thread_number() / 32u, 0))
 #define simdgroups_per_threadgroup ((blockDim.x * blockDim.y * blockDim.z + 31u) / 32u)
 #define threads_per_simdgroup 32u
 
