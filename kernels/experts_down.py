@@ -19,7 +19,7 @@ from functools import cache
 import mlx.core as mx
 
 from kernels import launcher
-from kernels.planes import Weight
+from kernels.planes import SUPER, Weight
 from kernels.qmv import gather_qmv_ops, qmv_ops
 from kernels.route import experts_of, weights_of
 from kernels.shapes import launch_shape, matrix_names
@@ -112,7 +112,8 @@ def _launch(
         template={
             "T": dtype,
             "WIDTH": width,
-            "DEPTH": launcher.depth(width, launcher.LANES, depth),
+            # Of a shared K-quant that begins within a block, a turn of eight would meet nine, and lanes hold eight.
+            "DEPTH": launcher.depth(width, launcher.LANES, min(depth, 7) if width % SUPER else depth),
             "SHARED_WIDTH": shared_width,
             "ROWS_IN_ALL": rows,
             "EXPERTS": num_experts,
