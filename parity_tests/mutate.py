@@ -56,7 +56,6 @@ _DEAD = "a load whose value nobody uses, which clang drops; `chunk` is checked a
 _EXTRA = "a row past the last is computed as the last one again and not written"
 _CHECKED = "one more, past the last, where a check that stays is false"
 _PAST = "one more, past the end of an array of the thread, which clang drops, or overwritten by what is next"
-_OVERLOAD = "chooses an overload"
 _PADDING = "padding, which nobody reads"
 _TWO = "two neighbours of a row, which are of the same head: x and y are the same"
 _PAIR_OF_HEADS = "three matrices of heads have room at most, so that only the first two are a pair: t is 0"
@@ -88,9 +87,7 @@ REASONS = [
     (r"mla_decode\.h", r"-> .*& 0xffff0001u", "the lower half of a rounded bfloat16 is 0"),
     (r"mla_decode\.h", r"-> .*i <= half_count", "adds up a pair more, past the values, which nobody uses"),
     (r"mla_decode\.metal", r"-> .*\b33 / (HEADS_AT_ONCE|SCORES)", "33 over a power of 2 is 32 over it"),
-    (r"mla_decode\.metal", r"rows_of_split = .* ->", "other shares of the rows, which still are all, each once"),
     (r"mla_decode\.metal", r"-> .*begin - rows_of_split", "the first split takes all rows, the others none"),
-    (r"mla_decode\.metal", r"-> if \(end (>= cached|> 0u)", "makes rows that the threadgroup does not need"),
     (r"mla_decode\.metal", r"-> for \(int p = 0; p <= PAIRS", "a pair more, past the last, which clang drops"),
     (r"mla_merge", r"DEPTH = .* ->|d <= DEPTH", "chunks past the last, which are checked one by one"),
     (r"mla_merge", r"-> for \(uint begin = 0; begin (<=|< uint\(LATENT \* 2)", "a round more, which writes nothing"),
@@ -101,15 +98,9 @@ REASONS = [
     ),
     (r"mla_decode\.metal", r"^scores.* -> .*1\.0f", "softmax does not change when all scores grow by one"),
     (r"mla_decode\.metal", r"-> if \(simd_any\(larger >= largest", "scaled down by 1"),
-    (
-        r"mla_decode\.metal",
-        r"-> .*simdgroup <= uint\(count\)",
-        "of a simdgroup that has handed its sums on; nobody reads them",
-    ),
     (r"qmv\.metal", r"-> .*BLOCK \+ 1", _EXTRA),
     (r"quants", r"-> .*0xffff0001u", "the lowest bit of float32, where bfloat16 has eight"),
     (r"quants", r"-> .*field<(5, 12|9, 8), ZERO>\(high\)", "the word was shifted: that bit is 0"),
-    (r"quants", r"-> return scaled<false>\(.*1\.0f\);", "a type without minima: `dot` does not read it"),
     (r"quants", r"i < 3;.* -> .*i (< 4|<= 3);", "one word more than is used, which clang drops"),
     (r"quants", r"i < 4;.* -> .*i (< 5|<= 4);", "two values more than are used, which clang drops"),
     (r"quants", r"LANES == 32\) \{ ->", "the other branch gives the same sum"),
@@ -134,12 +125,7 @@ REASONS = [
     (r"experts_gate_up", r"-> if \(writes \|\| uint\(0\) <= slot", "rounds that the slot does not need"),
     (r"expand", r"-> uint4 words = uint4\(1u\);", "each of the four is overwritten"),
     # mla_merge
-    (r"mla_merge", r"GROUPS = .* -> .*(0 >=|THREADS > |3 \* FOURS|2 \+ FOURS)", "other shares of the splits, or one"),
-    (
-        r"mla_merge",
-        r"TURNS = .* -> .*(GROUPS \+ 1\)|\* GROUPS;)",
-        "turns past the last split, which are checked one by one",
-    ),
+    (r"mla_merge", r"GROUPS = .* -> .*2 \+ FOURS", "one group either way: a half is not reached"),
     (r"mla_merge", r"AT_ONCE = .* ->", "splits past the last are checked one by one, however many at once"),
     (r"mla_merge", r"-> .*float2\(-INFINITY, 1\.0f\)", "its factor is exp2(-INFINITY), 0"),
     (r"mla_merge", r"-> for \(int i = 0; i <= PER_LANE", _CHECKED),
@@ -153,14 +139,12 @@ REASONS = [
         r"-> .*min\(four, uint\((0 - 1|FOURS \+ 1)\)\)",
         "a load of a thread past the latent, which clang drops",
     ),
-    (r"mla_merge", r"-> for \(int turn = 0; turn <= TURNS", "a round more, of splits past the last, whose factor is 0"),
     # mla_decode
     (
         r"mla_decode\.h",
         r"-> return (1 % 64 == 0|DIMENSIONS % 64 == 1)",
         "each pair is checked, also where all are held",
     ),
-    (r"mla_decode\.h", r"-> typedef decltype", "a type: nothing is computed"),
     (r"mla_decode\.h", r"-> VALUES = \(LATENT \+ 64\)|-> PAIRS = VALUES \+ \(ROPE \+ 64\)", _CHECKED),
     (
         r"mla_decode\.h",
@@ -169,7 +153,6 @@ REASONS = [
     ),
     (r"mla_decode\.h", r"-> for \(int p = 0; p <= (rows\.|R::)PAIRS", _PAST),
     (r"mla_decode\.h", r"-> .*\(LATENT \+ ROPE\) % 64 == 1", "the bound is taken also where no lane is past it"),
-    (r"mla_decode\.h", r"-> .*(STORED|float16_t)\(1\.0f\)\)", _OVERLOAD),
     (
         r"mla_decode\.h",
         r"-> for \(int i = 4; i <= rows\.SCALE_AT",
@@ -185,29 +168,21 @@ REASONS = [
         r"-> if \(next \+ uint\(ROWS_AT_ONCE\) (< min\(end, cached|<= min\((0u, cached|end, 0u))\)",
         "the other branch loads the same rows, each checked",
     ),
-    (r"mla_decode\.metal", r"-> \} else if \((0u <|next <=) end", "rows past the last, whose scores are not looked at"),
     (r"mla_decode\.metal", r"-> for \(int p = 0; p <= VALUES", _CHECKED),
     (r"mla_(decode|matrix)\.metal", r"-> .*float4\(.*, (1\.0f, 0\.0f|0\.0f, 1\.0f)\);", _PADDING),
     # mla_matrix
-    (r"mla_matrix\.h", r"-> for \(int (r = 0; r <= ROW_TILES|k = 0; k <= (LATENT|ROPE)_TILES)", _PAST),
+    (r"mla_matrix\.h", r"-> for \(int k = 0; k <= (LATENT|ROPE)_TILES", _PAST),
     (r"mla_matrix\.h", r"-> for \(int k = 0; k <= LATENT_TILES / 4", _PAST),
     (r"mla_matrix\.h", r"i < 4; .* -> for \(int i = 0; i (<= 4|< 5)", _PAST),
     (r"mla_matrix", r"-> .*: 1u;", _NO_DIMENSION + " or not: 1u is too little to count, and its weight is 0"),
-    (r"mla_matrix\.metal", r"-> constexpr int ROPE_TILES", _NO_DIMENSION),
     (r"mla_matrix\.metal", r"-> constexpr int ROWS = 33", "33 / 8 is 32 / 8"),
     (
         r"mla_matrix\.metal",
-        r"tiles_of_split = .* -> .*(\+ 2\) /|- 2\) \* )",
+        r"tiles_of_split = .* -> .*- 2\) \* ",
         "larger shares: some splits have no rows, as before",
     ),
     (r"mla_matrix\.metal", r"-> .*split == splits - 2", "another split takes the tail, after its own rows"),
     (r"mla_matrix\.metal", r"-> .*numbers\.thread_elements\(\)\)\.y", "the neighbour, with the same row and pair"),
-    (r"mla_matrix\.metal", r"-> if \(blocks >= 0\)", "loads whose values nobody uses"),
-    (
-        r"mla_matrix\.metal",
-        r"-> for \(int i = 0; i (- 1 <|\+ 1 <=) TURNS_AHEAD",
-        "a turn more, which is asked for again before it is used",
-    ),
     (
         r"mla_matrix\.metal",
         r"-> for \(int i = 0; i (<= \(|< .*(\* 8 \+|\* 2 \+ THREADS - 1|\+ THREADS \+ 1))",
@@ -221,11 +196,6 @@ REASONS = [
         "multiplied by exp2(-INFINITY), 0, before it is used",
     ),
     (r"mla_matrix\.metal", r"-> if \(0u < blocks\)", "the split with the tail has no other rows"),
-    (
-        r"mla_matrix\.metal",
-        r"-> if \((0u|block) \+ uint\((TURNS_AHEAD|1)\) <",
-        "loads the last tile again, which nobody uses",
-    ),
     (
         r"mla_matrix\.metal",
         r"^threadgroup_barrier\(mem_flags::mem_threadgroup\); ->",
@@ -345,14 +315,14 @@ def _replacements(match: re.Match[str], text: str, variables: set[str]) -> Seque
         unary = token in _UNARY and text[end] != " "
         return _UNARY[token] if unary else _OPERATORS.get(token, [])
     if match["float"]:
-        if text[:start].endswith("T("):
+        if text[:start].endswith(("T(", "STORED(", "float16_t(")):
             return []  # chooses an overload
         return ["1.0f"] if float(token[:-1]) == 0 else [f"{float(token[:-1]) + 1!r}f"]
     before, behind = text[:start].rstrip(), text[end:].lstrip()
     if match["int"]:
         digits = token.rstrip("u")
         suffix, value = token[len(digits) :], int(digits, 0)
-        if re.search(r"(?:\blane(?: % uint\(\w+\))? ==|decltype\(load_pair\(cache,)$", before):
+        if re.search(r"(?:\blane(?: % uint\(\w+\))? ==|decltype\([^;\n]*)$", before):
             return []  # lanes that have the same value, of which any may write it; a type
         # One more, but for the length of an array, where that would be no fault.
         is_length = before.endswith("[") and re.match(r"\](?:\[[^]]*\])*;", behind)
@@ -447,8 +417,8 @@ def cases() -> list[Any]:
         # By matrices: of heads one, two and three, of latents one to nine in a simdgroup; two splits, three and six.
         Mla(17, 31, 64, 8, tokens=2, dtype=brain, room=2048),
         Mla(9, 45, 64, 72, tokens=3, dtype=brain, room=2048),
-        Mla(9, 159, 64, 72, tokens=4, dtype=half, room=2048, before=24),
-        Mla(8, 33, 512, 8, dtype=half, room=2048),
+        Mla(9, 245, 64, 72, tokens=4, dtype=half, room=2048, before=24),
+        Mla(8, 65, 512, 8, dtype=half, room=2048),
         Mla(3, 22, 320, 8, tokens=8, dtype=brain, room=2048),
         Mla(12, 150, 576, 16, tokens=2, dtype=brain, room=16384),
         Mla(17, 300, 128, 8, dtype=half, room=16384),
@@ -460,10 +430,12 @@ def cases() -> list[Any]:
         Mla(3, 20, 96, 16, kind="Q8_0", values=31, dtype=brain),
         Embed("Q4_K", 17, 512, tokens=3),
         Embed("F16", 9, 1032, tokens=4, outside=True),
+        Embed("F32", 9, 520, tokens=2),
         Embed("Q4_1", 16, 64, tokens=2, dtype=half),
         Expand("Q4_K", (17, 256)),
         Expand("Q6_K", (18, 256), half),
         Expand("Q5_1", (3, 7, 256)),
+        Expand("Q8_0", (24, 64)),
         Call(test_kernels_expand.test_a_tile_has_the_values_of_its_expert, "Q4_1", [4, 1, 1, 3, 4, 3, 1, 4, 4]),
         Call(test_kernels_expand.test_a_tile_of_no_expert_is_left_as_it_is),
         *(Call(test_kernels_mla.test_one_row_that_wins_is_the_result, *at) for at in test_kernels_mla.FAR),
@@ -490,6 +462,7 @@ def cases() -> list[Any]:
             for s in test_kernels_launch.SHAPES[-5:]
         ),
         *(Call(test_kernels_traffic.test_every_quant_is_loaded_once, case) for case in test_kernels_traffic.RAGGED),
+        *(Call(test_kernels_traffic.test_attention_does_nothing_twice, *case) for case in test_kernels_traffic.ONCE),
     ]
 
 
