@@ -762,6 +762,8 @@ def main() -> int:
         result.head.append(
             f"`{' '.join(command)}`: {len(mutants):,} mutants, {args.processes} processes, "
             f"{(time.monotonic() - start) / 60:.0f} minutes, MLX {version('mlx')}; texts `{digest}`."
+            + " What was caught before is counted as it was."
+            * args.unexplained
         )
     RESULT.write_text(str(result))
     unexplained = sum(not reason(m) for m in result.survivors)
