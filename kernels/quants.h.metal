@@ -8,11 +8,11 @@
 //   decode(w, raw, chunk) -> Chunk     value = scale * quants[i] + minimum; chunk + ahead decodes alike
 //   dot(chunk, x)                      the sum of eight values times x
 //
-// A lane takes chunks lane, lane + 32, ...: whatever the type, a simdgroup then reads neighbouring bytes. It loads DEPTH
-// of them before it decodes the first: with less under way, a GPU waits for memory.
+// A lane takes chunks lane, lane + 32, ...: whatever the type, a simdgroup then reads neighbouring bytes. It loads
+// DEPTH of them before it decodes the first: with less under way, a GPU waits for memory.
 //
-// A section whose heading says `for` is left out of launches that have nothing of what it names: types of weights as the
-// structs below are called, `quants` for all of them but Dense, `weights` for any; `uint8_t` is a cache in 8 bits.
+// A section whose heading says `for` is left out of launches that have nothing of what it names: types of weights as
+// the structs below are called, `quants` for all of them but Dense, `weights` for any; `uint8_t` is a cache in 8 bits.
 
 #ifndef LOADS_END  // cuda_prelude.h: there a compiler would move loads down again, to where they are used
 #define LOADS_END
@@ -139,8 +139,8 @@ inline uint funnel(uint low, uint high, uint shift) {
 
 // ---- for Linear<4> Iq4Nl --------------------------------------------------------------------------------------------
 
-// Of each way to write quants, load_words: the words of eight of them, `row` being where the row begins; and unpack: the
-// eight, less their zero.
+// Of each way to write quants, load_words: the words of eight of them, `row` being where the row begins; and unpack:
+// the eight, less their zero.
 inline void load_words(Linear<4, 0>, const device uint32_t* row, uint chunk, int ahead, thread Raw& raw) {
   raw.words[0] = (row + chunk)[ahead];
 }

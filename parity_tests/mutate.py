@@ -514,16 +514,17 @@ class Worker:
             self.verify(fresh(case))
 
     def judge(self, mutant: Mutant) -> tuple[str, str]:
-        covered = [
-            case for case, lines in zip(self.cases, self.lines, strict=True) if (mutant.file, mutant.line) in lines
-        ]
+        # Beside the line, as clang makes no code of a condition that is known to be false.
+        places = {(mutant.file, line) for line in range(mutant.line - 2, mutant.line + 3)}
+        covered = [(case, lines) for case, lines in zip(self.cases, self.lines, strict=True) if lines & places]
+        covered.sort(key=lambda entry: (mutant.file, mutant.line) not in entry[1])
         target = self.texts / mutant.file
         good = target.read_text()
         target.write_text(mutant.text)
         try:
             # A line without code of its own, such as a macro or a declaration: any case that has the file.
-            for case in covered or [
-                case
+            for case, _ in covered or [
+                (case, lines)
                 for case, lines in zip(self.cases, self.lines, strict=True)
                 if any(file == mutant.file for file, _ in lines)
             ]:
