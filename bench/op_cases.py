@@ -268,11 +268,12 @@ def router_cases(quant: str, dtype: mx.Dtype, sizes: Sizes) -> Iterator[Case]:
 def _qmv_case(matrices: _Matrices, quant: str, dtype: mx.Dtype, sizes: Sizes) -> Case:
     cols, rows = matrices.cols, matrices.rows
     first = [_weight(quant, (n, cols), 0) for n in rows]
+    read = total(first)
     residual = _normal((1, rows[0]), dtype, 1) if matrices.residual else None
     sets: list[list[Weight]] = []
     norms: list[Norm | None] = []
-    for seed in range(_sets(total(first), sizes)):
-        made = [_weight(quant, (n, cols), seed) for n in rows]
+    for seed in range(_sets(read, sizes)):
+        made = [_weight(quant, (n, cols), seed) for n in rows] if seed else first
         (gains, *weights), bundle = _as_in_model([mx.ones((cols,)), *made])
         sets.append(weights)
         norms.append(Norm(_floats(gains), CFG.rms_norm_eps, bundle) if matrices.norm else None)
@@ -297,7 +298,7 @@ def _qmv_case(matrices: _Matrices, quant: str, dtype: mx.Dtype, sizes: Sizes) ->
         _normal((1, cols), dtype),
         len(sets),
         2.0 * cols * sum(rows),
-        _contestants("qmv", call, total(first), Contestant(by_mlx, total(own[0])) if own[0] else None),
+        _contestants("qmv", call, read, Contestant(by_mlx, total(own[0])) if own[0] else None),
         total(extra),
     )
 
@@ -401,7 +402,7 @@ def _affine_experts(experts: Experts[Weight], dtype: mx.Dtype) -> Experts[Affine
         [[a for w in weights if (a := affine(w, dtype))] for weights in layers]
         for layers in (experts.routed, experts.shared)
     ]
-    return Experts(made[0], made[1], experts.biases, experts.chosen, experts.logits) if made[0][0] else None
+    return Experts(made[0], made[1], [], experts.chosen, experts.logits) if made[0][0] else None
 
 
 def gate_up_cases(quant: str, dtype: mx.Dtype, sizes: Sizes) -> Iterator[Case]:
@@ -417,7 +418,7 @@ def gate_up_cases(quant: str, dtype: mx.Dtype, sizes: Sizes) -> Iterator[Case]:
 
     def call(x: mx.array, i: int) -> list[mx.array]:
         (gate, up), shared, _ = experts.of(i)
-        hidden, _ = experts_gate_up(x, experts.logits[i], routers[i % sizes.layers], gate, up, *shared)
+        hidden, _ = experts_gate_up(x, experts.logits[i], routers[i % len(routers)], gate, up, *shared)
         return [hidden]
 
     def by_mlx(x: mx.array, i: int) -> list[mx.array]:

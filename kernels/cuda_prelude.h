@@ -252,8 +252,8 @@ MSL_FN bool simd_any(bool a) { return __any_sync(0xffffffffu, a); }
 MSL_FN bool simd_all(bool a) { return __all_sync(0xffffffffu, a); }
 
 // ---- 8 x 8 matrices of a simdgroup ---------------------------------------------------------------------------------
-// Products of half or bfloat with sums in float. A lane has two neighbours of row lane / 4, and memory is read two values
-// at a time: rows begin at even elements. NVIDIA multiplies 16 x 8 by 8 x 8: two products are asked for by name.
+// Products of half or bfloat with sums in float. A lane has two neighbours of row lane / 4, and memory is read two
+// values at a time: rows begin at even elements. NVIDIA multiplies 16 x 8 by 8 x 8: two products are asked for by name.
 #define HAS_MULTIPLY_TWO
 template <class T, int COLS, int ROWS>
 struct simdgroup_matrix {

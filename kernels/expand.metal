@@ -1,6 +1,6 @@
-// Grid: blocks of chunks, those of all rows one after the other: planes are flat, so that a chunk needs no row. A thread
-// writes the eight values of one. chunks: how many are written, how many a tile has, each tile that of its expert, and how
-// many experts there are: a tile of another is left as it is.
+// Grid: blocks of chunks, those of all rows one after the other: planes are flat, so that a chunk needs no row. A
+// thread writes the eight values of one. chunks: how many are written, how many a tile has, each tile that of its
+// expert, and how many experts there are: a tile of another is left as it is.
 const uint at = threadgroup_position_in_grid.x * uint(SIMDGROUPS * 32) + thread_index_in_threadgroup;
 const uint tile = at / chunks[1];
 if (at < chunks[0] && experts[tile] < chunks[2]) {

@@ -1,7 +1,8 @@
-// sums[r] += weight * (rows first + r of w) . x, over CHUNKS chunks from `from` on, by one simdgroup; each lane its part.
+// sums[r] += weight * (rows first + r of w) . x, over CHUNKS chunks from `from` on, by one simdgroup; each lane its
+// part.
 template <int ROWS, int DEPTH, int CHUNKS, class W, class T>
 inline void add_rows(
-    W w, const device T* x, uint first, uint last, uint from, float weight, uint lane, thread float* sums) {
+    W w, const device T* x, uint first, uint last, uint from, float weight, uint lane, thread float (&sums)[ROWS]) {
   float parts[ROWS];
 #pragma unroll
   for (int r = 0; r < ROWS; ++r) {

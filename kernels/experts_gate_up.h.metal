@@ -1,6 +1,6 @@
 // ---- which expert --------------------------------------------------------------------------------------------------
-// A choice is compared as a whole number, of which the order is that of the floats (a choice is never -0): the maximum of
-// a simdgroup is then one instruction. 0 is less than any.
+// A choice is compared as a whole number, of which the order is that of the floats (a choice is never -0): the maximum
+// of a simdgroup is then one instruction. 0 is less than any.
 inline uint in_order(float choice) {
   const uint word = as_type<uint>(choice);
   return (word & 0x80000000u) != 0 ? ~word : word | 0x80000000u;
@@ -84,7 +84,8 @@ inline uint take_best(thread Experts<PER_LANE>& left, uint lane, thread float& s
 // ---- gate and up ---------------------------------------------------------------------------------------------------
 // silu(gate x) * (up x) for rows first .. first + ROWS - 1, by one simdgroup; rows past `last` repeat it.
 template <int ROWS, int DEPTH, int COLS, class G, class U, class T>
-inline void swiglu_rows(G gate, U up, const device T* x, uint first, uint last, uint lane, thread float* hidden) {
+inline void swiglu_rows(
+    G gate, U up, const device T* x, uint first, uint last, uint lane, thread float (&hidden)[ROWS]) {
   float gates[ROWS];
   float ups[ROWS];
 #pragma unroll

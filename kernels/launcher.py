@@ -244,8 +244,8 @@ def prepare(
         raise KernelRefusedError(op, f"{len(names) + len(outputs)} buffers; {MAX_BUFFERS} at most")
     if min(threadgroups) < 1:
         raise KernelRefusedError(op, f"an empty grid of {threadgroups} threadgroups")
-    uses = _uses(weights.values(), template.values())
     headers = ("quants.h.metal", *(f"{name}.h.metal" for name in dict.fromkeys((helpers or op, op))))
+    uses = _uses(weights.values(), template.values(), [_text(file) for file in headers[1:]])
     header = "".join(_shortened(_text(file), uses) for file in headers) + "".join(lines)
     body = _shortened(_text(f"{op}.metal"), uses)
     _check_writes(op, body, inputs, writes)
@@ -318,9 +318,13 @@ def _text(name: str) -> str:
     return file.read_text() if file.exists() else ""
 
 
-def _uses(weights: Iterable[Kind], template: Iterable[int | bool | mx.Dtype]) -> set[str]:
-    """What a launch has of that for which texts have sections: quants.h.metal says which names there are."""
+def _uses(weights: Iterable[Kind], template: Iterable[int | bool | mx.Dtype], own: Iterable[str]) -> set[str]:
+    """What a launch has of that for which texts have sections: quants.h.metal says which names there are.
+
+    own: the op's texts.
+    """
     uses = {"uint8_t" for value in template if value == mx.uint8}
+    uses |= {"turns" for text in own if "load_turn(" in text}
     for kind_name, _ in weights:
         uses.add("weights")
         if quant := QUANT_TYPES.get(kind_name):
@@ -339,7 +343,8 @@ def _shortened(text: str, uses: set[str]) -> str:
     short, wanted = list[str](), True
     for line in text.split("\n"):
         if heading := re.match(r"// ---- (?:for ([^:]*?)(?:: .*)? -+$)?", line):
-            wanted = heading[1] is None or not uses.isdisjoint(heading[1].split())
+            parts = (heading[1] or "").split(" and ")
+            wanted = heading[1] is None or not any(uses.isdisjoint(part.split()) for part in parts)
         if line.startswith("// writes: ") and not short:
             short.append(line)
         else:

@@ -42,8 +42,8 @@ inline void store_pair(device T* values, uint pair, uint value) {
   ((device uint*)values)[pair] = value;
 }
 
-// Whether DIMENSIONS values hold the p-th pair of a lane. Known when the loop over p is unrolled where that is possible:
-// what is left out then is not fetched as instructions either, which in a short context take the longest.
+// Whether DIMENSIONS values hold the p-th pair of a lane. Known when the loop over p is unrolled where that is
+// possible: what is left out then is not fetched as instructions either, which in a short context take the longest.
 template <int DIMENSIONS>
 inline bool holds(int p, uint pair) {
   return DIMENSIONS % 64 == 0 ? p < DIMENSIONS / 64 : pair < uint(DIMENSIONS / 2);
@@ -56,7 +56,7 @@ inline bool holds(int p, uint pair) {
 //   pair_of(rows, p, lane)            which pair of the row is the lane's p-th
 //   in_latent, in_row(rows, p, lane)  whether the lane has a p-th pair there
 //   slot_of(rows, p, lane)            its place in an array of the latent, beside those of the lanes next to it
-//   load, store(rows, row, ...)       from and to the ELEMENTS of a row in the cache
+//   load, store(rows, row, ...)       from and to the ELEMENTS of a row in the cache; `words` is a Word[WORDS]
 //   pack(rows, values, ...)           from the lane's pairs in float; all lanes of the simdgroup together
 //   value(rows, words, p)             a pair; of the latent it is still to be multiplied by scale(rows, words)
 template <class STORED, int LATENT, int ROPE>
@@ -92,7 +92,7 @@ inline bool in_row(Rows<STORED, LATENT, ROPE>, int p, uint lane) {
 }
 
 template <class STORED, int LATENT, int ROPE, class W>
-inline void load(Rows<STORED, LATENT, ROPE> rows, const device STORED* row, uint lane, thread W* words) {
+inline void load(Rows<STORED, LATENT, ROPE> rows, const device STORED* row, uint lane, thread W& words) {
 #pragma unroll
   for (int p = 0; p < rows.PAIRS; ++p) {
     const uint pair = uint(p) * 32 + lane;
@@ -101,7 +101,7 @@ inline void load(Rows<STORED, LATENT, ROPE> rows, const device STORED* row, uint
 }
 
 template <class STORED, int LATENT, int ROPE, class W>
-inline void store(Rows<STORED, LATENT, ROPE> rows, const thread W* words, uint lane, device STORED* row) {
+inline void store(Rows<STORED, LATENT, ROPE> rows, const thread W& words, uint lane, device STORED* row) {
 #pragma unroll
   for (int p = 0; p < rows.PAIRS; ++p) {
     if (in_row(rows, p, lane)) {
@@ -110,8 +110,8 @@ inline void store(Rows<STORED, LATENT, ROPE> rows, const thread W* words, uint l
   }
 }
 
-template <class STORED, int LATENT, int ROPE, class W>
-inline void pack(Rows<STORED, LATENT, ROPE> rows, const thread float2* values, uint lane, thread W* words) {
+template <class STORED, int LATENT, int ROPE, class V, class W>
+inline void pack(Rows<STORED, LATENT, ROPE> rows, const thread V& values, uint lane, thread W& words) {
 #pragma unroll
   for (int p = 0; p < rows.PAIRS; ++p) {
     words[p] = as_pair(values[p], STORED(0.0f));
@@ -119,12 +119,12 @@ inline void pack(Rows<STORED, LATENT, ROPE> rows, const thread float2* values, u
 }
 
 template <class STORED, int LATENT, int ROPE, class W>
-inline float2 value(Rows<STORED, LATENT, ROPE>, const thread W* words, int p) {
+inline float2 value(Rows<STORED, LATENT, ROPE>, const thread W& words, int p) {
   return as_float<STORED>(words[p]);
 }
 
 template <class STORED, int LATENT, int ROPE, class W>
-inline float scale(Rows<STORED, LATENT, ROPE>, const thread W* words) {
+inline float scale(Rows<STORED, LATENT, ROPE>, const thread W& words) {
   return 1.0f;
 }
 
@@ -165,8 +165,8 @@ inline bool in_row(Rows<uint8_t, LATENT, ROPE> rows, int p, uint lane) {
   return p < rows.VALUES ? lane < uint(rows.LANES) : holds<ROPE>(q, uint(q) * 32 + lane);
 }
 
-template <int LATENT, int ROPE>
-inline void load(Rows<uint8_t, LATENT, ROPE> rows, const device uint8_t* row, uint lane, thread uint* words) {
+template <int LATENT, int ROPE, class W>
+inline void load(Rows<uint8_t, LATENT, ROPE> rows, const device uint8_t* row, uint lane, thread W& words) {
   const uint part = min(lane, uint(rows.LANES - 1));
   const uint4 quants = ((const device uint4*)row)[part];
 #pragma unroll
@@ -181,8 +181,8 @@ inline void load(Rows<uint8_t, LATENT, ROPE> rows, const device uint8_t* row, ui
   words[rows.SCALE_AT] = uint(((const device ushort*)(row + LATENT + 2 * ROPE))[part / 2]);
 }
 
-template <int LATENT, int ROPE>
-inline void store(Rows<uint8_t, LATENT, ROPE> rows, const thread uint* words, uint lane, device uint8_t* row) {
+template <int LATENT, int ROPE, class W>
+inline void store(Rows<uint8_t, LATENT, ROPE> rows, const thread W& words, uint lane, device uint8_t* row) {
   if (lane < uint(rows.LANES)) {
     ((device uint4*)row)[lane] = uint4(words[0], words[1], words[2], words[3]);
     if (lane % 2 == 0) {
@@ -199,8 +199,8 @@ inline void store(Rows<uint8_t, LATENT, ROPE> rows, const thread uint* words, ui
   }
 }
 
-template <int LATENT, int ROPE>
-inline float scale(Rows<uint8_t, LATENT, ROPE> rows, const thread uint* words) {
+template <int LATENT, int ROPE, class W>
+inline float scale(Rows<uint8_t, LATENT, ROPE> rows, const thread W& words) {
   return as_float<float16_t>(words[rows.SCALE_AT]).x;
 }
 
@@ -215,8 +215,8 @@ inline uint quant(float value, float divisor) {
   return as_type<uint>(clamp(quotient, -127.0f, 127.0f) + (8388608.0f + 128.0f)) & 255u;
 }
 
-template <int LATENT, int ROPE>
-inline void pack(Rows<uint8_t, LATENT, ROPE> rows, const thread float2* values, uint lane, thread uint* words) {
+template <int LATENT, int ROPE, class V, class W>
+inline void pack(Rows<uint8_t, LATENT, ROPE> rows, const thread V& values, uint lane, thread W& words) {
   float largest = 0.0f;
 #pragma unroll
   for (int p = 0; p < rows.VALUES; ++p) {
@@ -238,8 +238,8 @@ inline void pack(Rows<uint8_t, LATENT, ROPE> rows, const thread float2* values, 
   }
 }
 
-template <int LATENT, int ROPE>
-inline float2 value(Rows<uint8_t, LATENT, ROPE> rows, const thread uint* words, int p) {
+template <int LATENT, int ROPE, class W>
+inline float2 value(Rows<uint8_t, LATENT, ROPE> rows, const thread W& words, int p) {
   if (p >= rows.VALUES) {
     return as_float<float16_t>(words[p - rows.VALUES + 4]);
   }
@@ -248,8 +248,8 @@ inline float2 value(Rows<uint8_t, LATENT, ROPE> rows, const thread uint* words, 
 }
 
 // ---- what both need ------------------------------------------------------------------------------------------------
-// RoPE of a pair, interleaved: the angle is the position over the wavelength. Whole turns are taken off first, 2 pi in two
-// parts, so that the fast cosine and sine are good to 4e-7; the exact ones are hundreds of instructions.
+// RoPE of a pair, interleaved: the angle is the position over the wavelength. Whole turns are taken off first, 2 pi in
+// two parts, so that the fast cosine and sine are good to 4e-7; the exact ones are hundreds of instructions.
 inline float2 rotate(float2 pair, float position, float wavelength) {
   const float angle = position * (1.0f / wavelength);
   const float turns = rint(angle * 0.15915494f);
@@ -260,9 +260,9 @@ inline float2 rotate(float2 pair, float position, float wavelength) {
 }
 
 // A new row, from what kv_a_proj gives: norm and RoPE, as it is cached.
-template <class T, class R, class G, class W, class Word>
+template <class T, class R, class G, class W, class Words>
 inline void make_row(R rows, const device T* kv_a, uint latent, uint rope, G gains, float eps, W wavelengths, uint row,
-                     uint lane, thread Word* words) {
+                     uint lane, thread Words& words) {
   float2 values[R::PAIRS];
   float squares = 0.0f;
 #pragma unroll
@@ -288,7 +288,7 @@ inline void make_row(R rows, const device T* kv_a, uint latent, uint rope, G gai
 // The sums over all lanes of N values, N a power of 2; value lane / (32 / N) is left in the lane. The halving takes
 // N - 1 shuffles and what is left 5 - log2(N), where N sums apart would take 5 N.
 template <int N>
-inline float sums_by_lane(thread float* values, uint lane) {
+inline float sums_by_lane(thread float (&values)[N], uint lane) {
   int step = 16;
 #pragma unroll
   for (int half_count = N / 2; half_count > 0; half_count /= 2) {

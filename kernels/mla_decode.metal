@@ -1,14 +1,15 @@
 // writes: cache
 // Grid: splits of the context, groups of HEADS_AT_ONCE heads, queries. A threadgroup goes through the rows of its split
-// for its heads and one query; its simdgroups take ROWS_AT_ONCE rows in turn. A lane holds some pairs of dimensions, those
-// that it loads of a row (once, as key and as value): of the queries and of the sums too. Rows are of STORED: T, or bytes.
+// for its heads and one query; its simdgroups take ROWS_AT_ONCE rows in turn. A lane holds some pairs of dimensions,
+// those that it loads of a row (once, as key and as value): of the queries and of the sums too. Rows are of STORED: T,
+// or bytes.
 //
-// The rows of the queries' own tokens are not in the cache yet: a threadgroup that needs one makes it, norm and RoPE, in
-// its own memory, and the one that needs it for the last query and the first heads stores it. No threadgroup reads a row
-// that another one writes.
+// The rows of the queries' own tokens are not in the cache yet: a threadgroup that needs one makes it, norm and RoPE,
+// in its own memory, and the one that needs it for the last query and the first heads stores it. No threadgroup reads a
+// row that another one writes.
 //
-// Softmax is taken on the way: `largest` is the largest score so far, in units of log2(e), and what was summed before is
-// scaled down when it grows. A lane knows the score of one head and one row, and the state of that head.
+// Softmax is taken on the way: `largest` is the largest score so far, in units of log2(e), and what was summed before
+// is scaled down when it grows. A lane knows the score of one head and one row, and the state of that head.
 threadgroup float shared_sums[SHARED];  // in the beginning the new rows, at the end half of the sums
 threadgroup float shared_state[(SIMDGROUPS + 1) / 2 * HEADS_AT_ONCE * 2];
 typedef Rows<STORED, LATENT, ROPE> CachedRows;
@@ -39,8 +40,8 @@ if (end > cached) {
   for (uint r = simdgroup; r <= query; r += uint(SIMDGROUPS)) {
     const uint row = cached + r;
     Word words[WORDS];
-    make_row(as_cached, kv_a + r * uint(KV_A) + uint(KV_A - WIDTH), uint(LATENT), uint(ROPE), norm_weight, EPS, wavelengths,
-             row, lane, words);
+    make_row(as_cached, kv_a + r * uint(KV_A) + uint(KV_A - WIDTH), uint(LATENT), uint(ROPE), norm_weight, EPS,
+             wavelengths, row, lane, words);
 #pragma unroll
     for (int i = 0; i < WORDS; ++i) {
       made[(r * uint(WORDS) + uint(i)) * 32 + lane] = words[i];
@@ -162,7 +163,8 @@ for (uint next = start; next == start || next - uint(SIMDGROUPS * ROWS_AT_ONCE) 
       }
 #pragma unroll
       for (int h = 0; h < HEADS_AT_ONCE; ++h) {
-        const float share = simd_shuffle(weight, ushort((h * ROWS_AT_ONCE + r) * SCORE_SHARE)) * scale(as_cached, raw[r]);
+        const ushort from = ushort((h * ROWS_AT_ONCE + r) * SCORE_SHARE);
+        const float share = simd_shuffle(weight, from) * scale(as_cached, raw[r]);
 #pragma unroll
         for (int p = 0; p < VALUES; ++p) {
           sums[h][p].x = fma(share, x[p].x, sums[h][p].x);

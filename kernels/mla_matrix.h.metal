@@ -8,9 +8,9 @@ inline void multiply_two(thread simdgroup_matrix<float, 8, 8>& d0, thread simdgr
 }
 #endif
 
-// Of a simdgroup's share of the latent a lane has TILES neighbouring pairs of each of its rows, which it loads together: its
-// pair of the j-th matrix is the j-th of these. So the columns of the matrices stand for other dimensions than their
-// numbers say; of queries, keys and sums for the same.
+// Of a simdgroup's share of the latent a lane has TILES neighbouring pairs of each of its rows, which it loads
+// together: its pair of the j-th matrix is the j-th of these. So the columns of the matrices stand for other dimensions
+// than their numbers say; of queries, keys and sums for the same.
 template <class T>
 inline void set_pair(thread simdgroup_matrix<T, 8, 8>& m, uint pair) {
   reinterpret_cast<thread vec<T, 2>&>(m.thread_elements()) = as_type<vec<T, 2>>(pair);
@@ -24,9 +24,9 @@ inline uint place_of(uint i) {
 
 // ROW_TILES x 8 rows of the cache from row `tile` * 8 on: of each matrix the lane's pair, in row `row` of 8 and column
 // `pair` * 2. Past the last tile the last is loaded again. `k_pe`: where the simdgroup's first matrix of k_pe begins.
-template <int ROW_TILES, int LATENT_TILES, int ROPE_TILES, int STEP, int WIDTH, class T>
+template <int ROW_TILES, int LATENT_TILES, int ROPE_TILES, int STEP, int WIDTH, class T, class Keys>
 inline void load_keys(const device T* rows, uint tile, uint end_tile, uint row, uint pair, uint latent, uint k_pe,
-                      thread uint* keys) {
+                      thread Keys& keys) {
   constexpr int TILES = LATENT_TILES + ROPE_TILES;
 #pragma unroll
   for (int r = 0; r < ROW_TILES; ++r) {

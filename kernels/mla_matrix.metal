@@ -1,8 +1,8 @@
 // writes: cache
-// Grid: splits of the context, groups of HEADS_AT_ONCE heads, queries. As mla_decode.metal, for long contexts: scores and
-// sums are products of 8 x 8 matrices, and all heads of a threadgroup meet a row when it is loaded, which is once. Each
-// simdgroup has a share of the dimensions, of all rows: of ROWS at a time it computes what its dimensions give to the
-// scores, then all meet, then it weighs its dimensions of the same rows, which it still holds.
+// Grid: splits of the context, groups of HEADS_AT_ONCE heads, queries. As mla_decode.metal, for long contexts: scores
+// and sums are products of 8 x 8 matrices, and all heads of a threadgroup meet a row when it is loaded, which is once.
+// Each simdgroup has a share of the dimensions, of all rows: of ROWS at a time it computes what its dimensions give to
+// the scores, then all meet, then it weighs its dimensions of the same rows, which it still holds.
 //
 //   rows x dimensions (keys)  *  dimensions x heads (queries)  ->  rows x heads, summed over simdgroups
 //   heads x rows (weights)    *  rows x dimensions (keys)      ->  heads x dimensions
@@ -17,14 +17,14 @@ typedef simdgroup_matrix<float, 8, 8> Sums;
 constexpr CachedRows as_cached = {};
 constexpr int WIDTH = LATENT + ROPE;
 constexpr int TILES = HEADS_AT_ONCE / 8;
-constexpr int OWN_HEADS = HEADS_AT_ONCE / SIMDGROUPS;    // of a simdgroup in the softmax
+constexpr int OWN_HEADS = HEADS_AT_ONCE / SIMDGROUPS;  // of a simdgroup in the softmax
 constexpr int LATENT_TILES = LATENT / 8 / SIMDGROUPS;  // of a simdgroup, here and below
 constexpr int ROPE_TILES = (ROPE / 8 + SIMDGROUPS - 1) / SIMDGROUPS;
 constexpr int DIMENSION_TILES = LATENT_TILES + ROPE_TILES;
 constexpr int ROWS = 32;  // at a time: in the softmax a lane has one
 constexpr int ROW_TILES = ROWS / 8;
-constexpr int TAIL = 16;             // 7 rows that are not a whole eight, and up to 8 new ones, one of which is the query's
-constexpr int SCORE_STRIDE = 36;     // of a head; so that lanes of a load or store meet different banks, as below
+constexpr int TAIL = 16;  // 7 rows that are not a whole eight, and up to 8 new ones, one of which is the query's
+constexpr int SCORE_STRIDE = 36;  // of a head; so that lanes of a load or store meet different banks, as below
 constexpr int WEIGHT_STRIDE = 40;
 constexpr int STAGED = WIDTH + 8;
 const uint lane = thread_index_in_simdgroup;
@@ -141,7 +141,8 @@ for (uint block = 0; block < blocks + uint(has_tail); ++block) {
     count = min(end_tile - tile, uint(ROW_TILES)) * 8;
     if (block + uint(TURNS_AHEAD) < blocks) {  // so that the rows need not be waited for
       load_keys<ROW_TILES, LATENT_TILES, ROPE_TILES, SIMDGROUPS * 8, WIDTH>(
-          rows, tile + uint(TURNS_AHEAD * ROW_TILES), end_tile, own_row, own_pair, latent, k_pe, ahead[TURNS_AHEAD - 1]);
+          rows, tile + uint(TURNS_AHEAD * ROW_TILES), end_tile, own_row, own_pair, latent, k_pe,
+          ahead[TURNS_AHEAD - 1]);
     }
     LOADS_END
   } else {
@@ -153,8 +154,8 @@ for (uint block = 0; block < blocks + uint(has_tail); ++block) {
       if (row < cached) {
         load(as_cached, cache + size_t(row) * size_t(WIDTH), lane, words);
       } else if (row < visible) {
-        make_row(as_cached, kv_a + (row - cached) * uint(KV_A) + uint(KV_A - WIDTH), uint(LATENT), uint(ROPE), norm_weight,
-                 EPS, wavelengths, row, lane, words);
+        make_row(as_cached, kv_a + (row - cached) * uint(KV_A) + uint(KV_A - WIDTH), uint(LATENT), uint(ROPE),
+                 norm_weight, EPS, wavelengths, row, lane, words);
         if (first_head == 0 && query == uint(QUERIES - 1)) {
           store(as_cached, words, lane, rows + size_t(row) * size_t(WIDTH));
         }
@@ -194,7 +195,8 @@ for (uint block = 0; block < blocks + uint(has_tail); ++block) {
       Sums lower = upper;
 #pragma unroll
       for (int k = 0; k < DIMENSION_TILES; ++k) {
-        multiply_two(upper, lower, matrices[r * DIMENSION_TILES + k], matrices[(r + 1) * DIMENSION_TILES + k], queries[t][k]);
+        multiply_two(
+            upper, lower, matrices[r * DIMENSION_TILES + k], matrices[(r + 1) * DIMENSION_TILES + k], queries[t][k]);
       }
       threadgroup float* scores = shared + (simdgroup * uint(HEADS_AT_ONCE) + uint(t * 8)) * uint(SCORE_STRIDE) + r * 8;
       simdgroup_store(upper, scores, SCORE_STRIDE, 0, true);
@@ -265,7 +267,8 @@ for (uint block = 0; block < blocks + uint(has_tail); ++block) {
   }
 }
 
-// Through threadgroup memory: there the dimensions of 8 heads are put in order, and the heads that there are not left out.
+// Through threadgroup memory: there the dimensions of 8 heads are put in order, and the heads that there are not left
+// out.
 constexpr int RESULT = LATENT + 4;
 #pragma unroll
 for (int t = 0; t < TILES; ++t) {

@@ -1,6 +1,6 @@
 // Grid: blocks of rows of v_b, heads, queries. A threadgroup adds up the splits of its head and query, scaled to the
-// largest score of all, and multiplies the latent that comes out by its rows of v_b; a simdgroup takes ROWS of them, and
-// asks for them before it does anything else. What several threadgroups need they compute each for themselves.
+// largest score of all, and multiplies the latent that comes out by its rows of v_b; a simdgroup takes ROWS of them,
+// and asks for them before it does anything else. What several threadgroups need they compute each for themselves.
 //
 // Every simdgroup holds the factors of all splits, a lane those of splits lane, lane + 32, ...
 //
@@ -38,7 +38,8 @@ float largest = -INFINITY;
 #pragma unroll
 for (int i = 0; i < PER_LANE; ++i) {
   const uint split = uint(i) * 32 + lane;
-  const float2 state = split < uint(SPLITS) ? partials[split * uint(LATENT / 2 + 2) + uint(LATENT / 2)] : float2(-INFINITY, 0.0f);
+  const float2 state =
+      split < uint(SPLITS) ? partials[split * uint(LATENT / 2 + 2) + uint(LATENT / 2)] : float2(-INFINITY, 0.0f);
   factors[i] = state.x;
   totals[i] = state.y;
   largest = max(largest, factors[i]);

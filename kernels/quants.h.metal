@@ -8,20 +8,21 @@
 //   decode(w, raw, chunk) -> Chunk     value = scale * quants[i] + minimum; chunk + ahead decodes alike
 //   dot(chunk, x)                      the sum of eight values times x
 //
-// Rows that a simdgroup reads a turn at a time, DEPTH chunks a lane, are loaded in two parts. Of a K-quant's scales, which
-// 32 chunks share, each lane then loads and unpacks a part for all:
+// Rows that a simdgroup reads a turn at a time, DEPTH chunks a lane, are loaded in two parts. Of a K-quant's scales,
+// which 32 chunks share, each lane then loads and unpacks a part for all:
 //
-//   load_turn(w, row, first, lane) -> Turn   scales of the chunks from `first` on, which is the simdgroup's, not the lane's
+//   load_turn(w, row, first, lane) -> Turn   scales of the chunks from `first` on, where the simdgroup's begin
 //   load_own(w, row, chunk, ahead) -> Raw    all that is not in the Turn
 //   unpacked(w, turn) -> Turn                once, when it is there
 //   of_chunk(w, turn, chunk, first) -> Own   by all lanes together: what the turn has for each one's chunk
 //   decode_own(w, raw, own, chunk) -> Chunk
 //
-// A lane takes chunks lane, lane + 32, ...: whatever the type, a simdgroup then reads neighbouring bytes. It loads DEPTH
-// of them before it decodes the first: with less under way, a GPU waits for memory.
+// A lane takes chunks lane, lane + 32, ...: whatever the type, a simdgroup then reads neighbouring bytes. It loads
+// DEPTH of them before it decodes the first: with less under way, a GPU waits for memory.
 //
-// A section whose heading says `for` is left out of launches that have nothing of what it names: types of weights as the
-// structs below are called, `quants` for all of them but Dense, `weights` for any; `uint8_t` is a cache in 8 bits.
+// A section whose heading says `for` is left out of launches that have nothing of what it names: types of weights as
+// the structs below are called, `quants` for all of them but Dense, `weights` for any; `uint8_t` is a cache in 8 bits,
+// `turns` where load_turn is called. With `and` between, of each of them.
 
 #ifndef LOADS_END  // cuda_prelude.h: there a compiler would move loads down again, to where they are used
 #define LOADS_END
@@ -148,8 +149,8 @@ inline uint funnel(uint low, uint high, uint shift) {
 
 // ---- for Linear<4> Iq4Nl --------------------------------------------------------------------------------------------
 
-// Of each way to write quants, load_words: the words of eight of them, `row` being where the row begins; and unpack: the
-// eight, less their zero.
+// Of each way to write quants, load_words: the words of eight of them, `row` being where the row begins; and unpack:
+// the eight, less their zero.
 inline void load_words(Linear<4, 0>, const device uint32_t* row, uint chunk, int ahead, thread Raw& raw) {
   raw.words[0] = (row + chunk)[ahead];
 }
@@ -395,7 +396,7 @@ inline Chunk<false> decode(Super<CODE, COLS> w, Raw raw, uint chunk) {
   return scaled<false>(unpack(CODE(), raw, chunk), float(raw.scale) * float(int(raw.sub[0])), 0.0f);
 }
 
-// ---- for weights: a turn of a row -----------------------------------------------------------------------------------
+// ---- for turns: of any type -----------------------------------------------------------------------------------------
 
 struct Turn {};
 struct Own {};
@@ -429,7 +430,7 @@ inline auto decode_own(W w, Raw raw, Own own, uint chunk) {
   return decode(w, raw, chunk);
 }
 
-// ---- for SuperMin ---------------------------------------------------------------------------------------------------
+// ---- for turns and SuperMin -----------------------------------------------------------------------------------------
 
 // Lane l has of block l / 4 of the turn the bytes l % 4, which are those of groups l % 4 and l % 4 + 4, and d and dmin.
 // Unpacked, the first word is four numbers of six bits: scale and minimum of the one group, then of the other.
@@ -484,7 +485,7 @@ inline Chunk<true> decode_own(SuperMin<CODE, COLS> w, Raw raw, SuperOwn own, uin
   return scaled<true>(unpack(CODE(), raw, chunk), own.scale, own.minimum);
 }
 
-// ---- for Super ------------------------------------------------------------------------------------------------------
+// ---- for turns and Super --------------------------------------------------------------------------------------------
 
 // Lane l has of block l / 4 of the turn four of the sixteen bytes, and d.
 struct SuperTurn {

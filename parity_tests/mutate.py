@@ -1,6 +1,8 @@
 """One-token faults in the kernels' texts: which of them does a small part of the table see?
 
-    nice python -m parity_tests.mutate            writes parity_tests/mutate.md
+    nice python -m parity_tests.mutate                    writes parity_tests/mutate.md
+    nice python -m parity_tests.mutate --only FILE        replaces what it says of this text; for several --only again
+    nice python -m parity_tests.mutate --unexplained      plants again what survived without a reason
 
 Every mutant is one token of one file of `kernels/*.metal` replaced: an operator, a comparison, a constant, min for max,
 an index by 0, a size by 1, a barrier by one of its simdgroup. It runs through the executor with those of CASES whose
@@ -25,7 +27,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -45,13 +47,19 @@ SHAPES = {
     "qmv": {"ROWS": 2, "SIMDGROUPS": 2, "DEPTH": 2},
     "experts_gate_up": {"ROWS": 2, "SIMDGROUPS": 2, "DEPTH": 2},
     "experts_down": {"ROWS": 2, "MAX_SIMDGROUPS": 3, "DEPTH": 2},
-    "mla_decode": {"MERGE_ROWS": 2, "MERGE_SIMDGROUPS": 2},
+    "mla_decode": {"MERGE_ROWS": 2, "MERGE_SIMDGROUPS": 2, "MATRIX_THREADGROUPS": 6, "MATRIX_AHEAD": 3},
+    "expand": {"SIMDGROUPS": 2},
 }
 
 # What a survivor changes, where that is no fault: text (a pattern), pattern in "line before -> line after", why.
 _DEAD = "a load whose value nobody uses, which clang drops; `chunk` is checked again before it is used"
 _EXTRA = "a row past the last is computed as the last one again and not written"
-_GUARD = "spares a check where it is always true; the check stays"
+_CHECKED = "one more, past the last, where a check that stays is false"
+_PAST = "one more, past the end of an array of the thread, which clang drops, or overwritten by what is next"
+_PADDING = "padding, which nobody reads"
+_TWO = "two neighbours of a row, which are of the same head: x and y are the same"
+_PAIR_OF_HEADS = "three matrices of heads have room at most, so that only the first two are a pair: t is 0"
+_NO_DIMENSION = "a matrix past k_pe, whose queries are 0, and zeros in it"
 REASONS = [
     (r"(qmv|experts_\w+)\.h|mla_merge", r"has_chunk<.* -> .*has_chunk<.*, DEPTH (\+ (32|LANES)|\* 33)>", _DEAD),
     (r"qmv", r"-> .*\b33 / LANES", "33 / LANES is 32 / LANES"),
@@ -79,9 +87,7 @@ REASONS = [
     (r"mla_decode\.h", r"-> .*& 0xffff0001u", "the lower half of a rounded bfloat16 is 0"),
     (r"mla_decode\.h", r"-> .*i <= half_count", "adds up a pair more, past the values, which nobody uses"),
     (r"mla_decode\.metal", r"-> .*\b33 / (HEADS_AT_ONCE|SCORES)", "33 over a power of 2 is 32 over it"),
-    (r"mla_decode\.metal", r"rows_of_split = .* ->", "other shares of the rows, which still are all, each once"),
     (r"mla_decode\.metal", r"-> .*begin - rows_of_split", "the first split takes all rows, the others none"),
-    (r"mla_decode\.metal", r"-> if \(end (>= cached|> 0u)", "makes rows that the threadgroup does not need"),
     (r"mla_decode\.metal", r"-> for \(int p = 0; p <= PAIRS", "a pair more, past the last, which clang drops"),
     (r"mla_merge", r"DEPTH = .* ->|d <= DEPTH", "chunks past the last, which are checked one by one"),
     (r"mla_merge", r"-> for \(uint begin = 0; begin (<=|< uint\(LATENT \* 2)", "a round more, which writes nothing"),
@@ -90,20 +96,11 @@ REASONS = [
         r"-> (sums.*float2\(.*1\.0f|float total = 1\.0f)",
         "multiplied by exp2(-INFINITY), 0, before it is used",
     ),
-    (r"mla_decode\.metal", r"WIDTH % 64 == 0 \? .* ->", _GUARD),
-    (r"mla_decode\.metal", r"LATENT % 64 == 0 \|\| .* ->", _GUARD),
-    (r"mla_decode\.metal", r"bool stores = .* ->", "the last row again: the same lane stores the same value twice"),
     (r"mla_decode\.metal", r"^scores.* -> .*1\.0f", "softmax does not change when all scores grow by one"),
     (r"mla_decode\.metal", r"-> if \(simd_any\(larger >= largest", "scaled down by 1"),
-    (
-        r"mla_decode\.metal",
-        r"-> .*simdgroup <= uint\(count\)",
-        "of a simdgroup that has handed its sums on; nobody reads them",
-    ),
     (r"qmv\.metal", r"-> .*BLOCK \+ 1", _EXTRA),
     (r"quants", r"-> .*0xffff0001u", "the lowest bit of float32, where bfloat16 has eight"),
     (r"quants", r"-> .*field<(5, 12|9, 8), ZERO>\(high\)", "the word was shifted: that bit is 0"),
-    (r"quants", r"-> return scaled<false>\(.*1\.0f\);", "a type without minima: `dot` does not read it"),
     (r"quants", r"i < 3;.* -> .*i (< 4|<= 3);", "one word more than is used, which clang drops"),
     (r"quants", r"i < 4;.* -> .*i (< 5|<= 4);", "two values more than are used, which clang drops"),
     (r"quants", r"LANES == 32\) \{ ->", "the other branch gives the same sum"),
@@ -126,6 +123,98 @@ REASONS = [
     (r"experts_gate_up", r"-> .*choice\) : 1u;|-> .*\? 1u : left", "still less than any choice"),
     (r"experts_gate_up", r"-> uint expert = 1;", "overwritten in the first round"),
     (r"experts_gate_up", r"-> if \(writes \|\| uint\(0\) <= slot", "rounds that the slot does not need"),
+    (r"expand", r"-> uint4 words = uint4\(1u\);", "each of the four is overwritten"),
+    # mla_merge
+    (r"mla_merge", r"GROUPS = .* -> .*2 \+ FOURS", "one group either way: a half is not reached"),
+    (r"mla_merge", r"AT_ONCE = .* ->", "splits past the last are checked one by one, however many at once"),
+    (r"mla_merge", r"-> .*float2\(-INFINITY, 1\.0f\)", "its factor is exp2(-INFINITY), 0"),
+    (r"mla_merge", r"-> for \(int i = 0; i <= PER_LANE", _CHECKED),
+    (
+        r"mla_merge",
+        r"-> const uint group = 0 == 1",
+        "with one group, threads past the latent: what they add up is not written",
+    ),
+    (
+        r"mla_merge",
+        r"-> .*min\(four, uint\((0 - 1|FOURS \+ 1)\)\)",
+        "a load of a thread past the latent, which clang drops",
+    ),
+    # mla_decode
+    (
+        r"mla_decode\.h",
+        r"-> return (1 % 64 == 0|DIMENSIONS % 64 == 1)",
+        "each pair is checked, also where all are held",
+    ),
+    (r"mla_decode\.h", r"-> VALUES = \(LATENT \+ 64\)|-> PAIRS = VALUES \+ \(ROPE \+ 64\)", _CHECKED),
+    (
+        r"mla_decode\.h",
+        r"-> .*holds<(LATENT \+ )?ROPE>\(0, ",
+        "asked of no pair past the last, where the number counts",
+    ),
+    (r"mla_decode\.h", r"-> for \(int p = 0; p <= (rows\.|R::)PAIRS", _PAST),
+    (r"mla_decode\.h", r"-> .*\(LATENT \+ ROPE\) % 64 == 1", "the bound is taken also where no lane is past it"),
+    (
+        r"mla_decode\.h",
+        r"-> for \(int i = 4; i <= rows\.SCALE_AT",
+        "the scale's word, which is written after, or a pair past k_pe",
+    ),
+    (r"mla_decode\.h", r"-> if \(lane % 2 (!= 0|== 1)\)", "of two lanes with the same scale either may write it"),
+    (r"mla_decode\.h", r"-> return a > b \|\| isnan", "of two equal values either; none is negative"),
+    (r"mla_decode\.h", r"-> .*127\.0f\), 1\.0f\)", "the upper half of the scale's word, which nobody reads"),
+    (r"mla_decode\.h", r"i < 4; .* -> for \(int i = 0; (i <= 4|i < 5)", "k_pe's first word, which is written after"),
+    (r"mla_decode\.h", r"-> pack\(rows, values, 0u, words\)", "`pack` does not use the lane"),
+    (
+        r"mla_decode\.metal",
+        r"-> if \(next \+ uint\(ROWS_AT_ONCE\) (< min\(end, cached|<= min\((0u, cached|end, 0u))\)",
+        "the other branch loads the same rows, each checked",
+    ),
+    (r"mla_decode\.metal", r"-> for \(int p = 0; p <= VALUES", _CHECKED),
+    (r"mla_(decode|matrix)\.metal", r"-> .*float4\(.*, (1\.0f, 0\.0f|0\.0f, 1\.0f)\);", _PADDING),
+    # mla_matrix
+    (r"mla_matrix\.h", r"-> for \(int k = 0; k <= (LATENT|ROPE)_TILES", _PAST),
+    (r"mla_matrix\.h", r"-> for \(int k = 0; k <= LATENT_TILES / 4", _PAST),
+    (r"mla_matrix\.h", r"i < 4; .* -> for \(int i = 0; i (<= 4|< 5)", _PAST),
+    (r"mla_matrix", r"-> .*: 1u;", _NO_DIMENSION + " or not: 1u is too little to count, and its weight is 0"),
+    (r"mla_matrix\.metal", r"-> constexpr int ROWS = 33", "33 / 8 is 32 / 8"),
+    (
+        r"mla_matrix\.metal",
+        r"tiles_of_split = .* -> .*- 2\) \* ",
+        "larger shares: some splits have no rows, as before",
+    ),
+    (r"mla_matrix\.metal", r"-> .*split == splits - 2", "another split takes the tail, after its own rows"),
+    (r"mla_matrix\.metal", r"-> .*numbers\.thread_elements\(\)\)\.y", "the neighbour, with the same row and pair"),
+    (
+        r"mla_matrix\.metal",
+        r"-> for \(int i = 0; i (<= \(|< .*(\* 8 \+|\* 2 \+ THREADS - 1|\+ THREADS \+ 1))",
+        "heads past the last, which are checked one by one",
+    ),
+    (r"mla_matrix\.metal", r"-> .*THREADS - 2\) / THREADS", "heads and dimensions are whole eights: one is never left"),
+    (r"mla_matrix\.metal", r"-> for \(int k = 0; k <= DIMENSION_TILES", _PAST),
+    (
+        r"mla_matrix\.metal",
+        r"-> (total\[j\] = 1|sums\[t\]\[k\] = .*\(1)\.0f",
+        "multiplied by exp2(-INFINITY), 0, before it is used",
+    ),
+    (r"mla_matrix\.metal", r"-> if \(0u < blocks\)", "the split with the tail has no other rows"),
+    (
+        r"mla_matrix\.metal",
+        r"^threadgroup_barrier\(mem_flags::mem_threadgroup\); ->",
+        "the split with the tail has no other rows: nothing was read since the barrier before",
+    ),
+    (r"mla_matrix\.metal", r"-> for \(int i = 0; i <= CachedRows::WORDS", _CHECKED),
+    (r"mla_matrix\.metal", r"-> .*pair <= uint\(LATENT / 2\)", "a whole share is before it: it stays in its place"),
+    (
+        r"mla_matrix\.metal",
+        r"-> (Sums upper = .*\(1|float score = 1)\.0f",
+        "softmax does not change when all scores grow alike",
+    ),
+    (r"mla_matrix\.metal", r"-> if \(simd_any\(two\.y|-> pair\.(x \*= two\.y|y \*= two\.x)", _TWO),
+    (r"mla_matrix\.metal", r"-> if \(simd_any\(two\.x != 2", "scaled down by 1"),
+    (
+        r"mla_matrix\.metal",
+        r"-> (for \(int t = 0; t \+ 1 < TILES; t (= 2|\+= 3)|multiply_two\(.*(sums|weight)\[0\])",
+        _PAIR_OF_HEADS,
+    ),
 ]
 
 # --- mutants
@@ -137,7 +226,10 @@ class Mutant:
     line: int  # from 1
     before: str  # the line, stripped
     after: str
-    text: str  # the whole file
+    text: str = ""  # the whole file
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line} `{self.before}` -> `{self.after}`"
 
 
 _TOKEN = re.compile(
@@ -223,14 +315,14 @@ def _replacements(match: re.Match[str], text: str, variables: set[str]) -> Seque
         unary = token in _UNARY and text[end] != " "
         return _UNARY[token] if unary else _OPERATORS.get(token, [])
     if match["float"]:
-        if text[:start].endswith("T("):
+        if text[:start].endswith(("T(", "STORED(", "float16_t(")):
             return []  # chooses an overload
         return ["1.0f"] if float(token[:-1]) == 0 else [f"{float(token[:-1]) + 1!r}f"]
     before, behind = text[:start].rstrip(), text[end:].lstrip()
     if match["int"]:
         digits = token.rstrip("u")
         suffix, value = token[len(digits) :], int(digits, 0)
-        if re.search(r"(?:\blane(?: % uint\(\w+\))? ==|decltype\(load_pair\(cache,)$", before):
+        if re.search(r"(?:\blane(?: % uint\(\w+\))? ==|decltype\([^;\n]*)$", before):
             return []  # lanes that have the same value, of which any may write it; a type
         # One more, but for the length of an array, where that would be no fault.
         is_length = before.endswith("[") and re.match(r"\](?:\[[^]]*\])*;", behind)
@@ -269,8 +361,14 @@ def cases() -> list[Any]:
     """A small part of the table: every type, dtype and path of the texts, in small launches of several rounds."""
     import mlx.core as mx
 
-    from parity_tests import test_kernels_launch, test_kernels_mla, test_kernels_route, test_kernels_traffic
-    from parity_tests.kernel_cases import KINDS, Down, Embed, GateUp, HeadQmv, Mla, Qmv, Route, block
+    from parity_tests import (
+        test_kernels_expand,
+        test_kernels_launch,
+        test_kernels_mla,
+        test_kernels_route,
+        test_kernels_traffic,
+    )
+    from parity_tests.kernel_cases import KINDS, Down, Embed, Expand, GateUp, HeadQmv, Mla, Qmv, Route, block
 
     half, brain = mx.float16, mx.bfloat16
     return [
@@ -310,8 +408,20 @@ def cases() -> list[Any]:
         Mla(5, 70, 96, 34, tokens=3, packed=True),
         Mla(2, 37, 512, 72, dtype=half, packed=True),
         Mla(1, 2050, 32, 32, room=0),
+        Mla(2, 20, 96, 64),  # rows that end within the pairs of a lane, and k_pe that does not
+        Mla(1, 9, 32, 16),
+        Mla(4, 40, before=24, tokens=2),
+        Mla(2, 20, 480, 66, dtype=half, tokens=2, packed=True),
+        Mla(3, 20, 64, 14, tokens=2, packed=True),  # the next row stands right behind the scales
+        Mla(3, 20, 32, 6, tokens=2, packed=True),
+        # By matrices: of heads one, two and three, of latents one to nine in a simdgroup; two splits, three and six.
+        Mla(17, 31, 64, 8, tokens=2, dtype=brain, room=2048),
         Mla(9, 45, 64, 72, tokens=3, dtype=brain, room=2048),
-        Mla(17, 1100, 128, 8, dtype=half, room=16384),
+        Mla(9, 245, 64, 72, tokens=4, dtype=half, room=2048, before=24),
+        Mla(8, 65, 512, 8, dtype=half, room=2048),
+        Mla(3, 22, 320, 8, tokens=8, dtype=brain, room=2048),
+        Mla(12, 150, 576, 16, tokens=2, dtype=brain, room=16384),
+        Mla(17, 300, 128, 8, dtype=half, room=16384),
         Mla(2, 33, 264, 16, tokens=2, kind="F32", values=33),
         Mla(1, 9, 272, 16, kind="F32", values=9),
         Mla(1, 9, 456, 8, kind="F16", values=9),
@@ -320,27 +430,39 @@ def cases() -> list[Any]:
         Mla(3, 20, 96, 16, kind="Q8_0", values=31, dtype=brain),
         Embed("Q4_K", 17, 512, tokens=3),
         Embed("F16", 9, 1032, tokens=4, outside=True),
+        Embed("F32", 9, 520, tokens=2),
         Embed("Q4_1", 16, 64, tokens=2, dtype=half),
+        Expand("Q4_K", (17, 256)),
+        Expand("Q6_K", (18, 256), half),
+        Expand("Q5_1", (3, 7, 256)),
+        Expand("Q8_0", (24, 64)),
+        Call(test_kernels_expand.test_a_tile_has_the_values_of_its_expert, "Q4_1", [4, 1, 1, 3, 4, 3, 1, 4, 4]),
+        Call(test_kernels_expand.test_a_tile_of_no_expert_is_left_as_it_is),
         *(Call(test_kernels_mla.test_one_row_that_wins_is_the_result, *at) for at in test_kernels_mla.FAR),
         *(
             Call(test_kernels_mla.test_the_best_of_scores_far_below_zero_is_the_result, *at)
             for at in test_kernels_mla.FAR
         ),
         Call(test_kernels_route.test_neighbouring_floats_are_told_apart),
-        Call(test_kernels_mla.test_heads_do_not_share_a_largest_score, mx.float32, 1e-5),
-        Call(test_kernels_mla.test_heads_do_not_share_a_largest_score, brain, 2**-8),
+        *(
+            Call(test_kernels_mla.test_heads_do_not_share_a_largest_score, *at)
+            for at in [(mx.float32, 1e-5, 5), (brain, 2**-8, 5), (brain, 2**-8, 17)]
+        ),
         Call(test_kernels_mla.test_rows_are_written_in_place_and_nothing_else_is, Mla(4, 37, tokens=2)),
         Call(
             test_kernels_mla.test_rows_are_written_in_place_and_nothing_else_is,
             Mla(4, 37, tokens=2, dtype=half, room=2048),
         ),
         Call(test_kernels_mla.test_new_rows_in_8_bits_are_those_of_the_twin, 5, (96, 10), brain),
+        Call(test_kernels_mla.test_new_rows_in_8_bits_are_those_of_the_twin, 5, (512, 64), half),
         Call(test_kernels_mla.test_what_is_not_finite_in_8_bits_stays_with_the_queries_that_see_it, float("inf")),
+        Call(test_kernels_launch.test_any_launch_shape_computes_the_same, Mla(2, 20), {"MERGE_SIMDGROUPS": 1}),
         *(
             Call(test_kernels_launch.test_any_launch_shape_computes_the_same, *s)
             for s in test_kernels_launch.SHAPES[-5:]
         ),
         *(Call(test_kernels_traffic.test_every_quant_is_loaded_once, case) for case in test_kernels_traffic.RAGGED),
+        *(Call(test_kernels_traffic.test_attention_does_nothing_twice, *case) for case in test_kernels_traffic.ONCE),
     ]
 
 
@@ -382,26 +504,27 @@ class Worker:
 
     def run(self, case: Any) -> None:
         self.launcher._text.cache_clear()
-        for op in self.launcher.OPS:
+        for op in (*self.launcher.OPS, *self.launcher.PROMPT_OPS):
             for name in ("_launch", "_launches"):
                 if hasattr(module(op), name):
                     getattr(module(op), name).cache_clear()
         if isinstance(case, Call):
-            case.test(*case.arguments)
+            case.test(*map(fresh, case.arguments))
         else:
-            self.verify(case)
+            self.verify(fresh(case))
 
     def judge(self, mutant: Mutant) -> tuple[str, str]:
-        covered = [
-            case for case, lines in zip(self.cases, self.lines, strict=True) if (mutant.file, mutant.line) in lines
-        ]
+        # Beside the line, as clang makes no code of a condition that is known to be false.
+        places = {(mutant.file, line) for line in range(mutant.line - 2, mutant.line + 3)}
+        covered = [(case, lines) for case, lines in zip(self.cases, self.lines, strict=True) if lines & places]
+        covered.sort(key=lambda entry: (mutant.file, mutant.line) not in entry[1])
         target = self.texts / mutant.file
         good = target.read_text()
         target.write_text(mutant.text)
         try:
             # A line without code of its own, such as a macro or a declaration: any case that has the file.
-            for case in covered or [
-                case
+            for case, _ in covered or [
+                (case, lines)
                 for case, lines in zip(self.cases, self.lines, strict=True)
                 if any(file == mutant.file for file, _ in lines)
             ]:
@@ -421,6 +544,11 @@ class Worker:
         except AssertionError:
             return "values"
         return ""
+
+
+def fresh(case: Any) -> Any:
+    """With a cache of its own: an earlier run has left the new rows in that of the case."""
+    return replace(case) if getattr(case, "op", "") == "mla_decode" else case
 
 
 def module(op: str) -> Any:
@@ -533,32 +661,60 @@ def reason(mutant: Mutant) -> str:
     )
 
 
-def report(mutants: Sequence[Mutant], outcomes: Sequence[tuple[str, str]], seconds: float, processes: int) -> str:
-    columns = ("refused", "executor", "values", "crash", "survived")
-    rows = {}
-    for file in sorted({m.file for m in mutants}):
-        counts = Counter(o for m, (o, _) in zip(mutants, outcomes, strict=True) if m.file == file)
-        rows[file] = [counts[c] for c in columns]
-    rows["all"] = [sum(row[i] for row in rows.values()) for i in range(len(columns))]
-    digest = hashlib.sha256(b"".join(f.read_bytes() for f in sorted(TEXTS.glob("*.metal")))).hexdigest()[:12]
-    lines = [
-        "# Faults planted in the kernels' texts",
-        "",
-        f"`python -m parity_tests.mutate`, {processes} processes, {seconds / 60:.0f} minutes, MLX {version('mlx')}; "
-        f"texts `{digest}`.",
-        "",
-        "| text | one-token mutants | refused by clang or lint | stopped by the executor | wrong values "
-        "| crash or hang | survived | caught of those that compile |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
-    ]
-    for file, row in rows.items():
-        numbers = " | ".join(str(n) for n in row)
-        lines.append(f"| {file} | {sum(row)} | {numbers} | {caught(row):.1%} |")
-    lines += ["", "## What survived", ""]
-    for m, (outcome, _) in zip(mutants, outcomes, strict=True):
-        if outcome == "survived":
-            lines += [f"- {m.file}:{m.line} `{m.before}` -> `{m.after}`: {reason(m) or 'NOT EXPLAINED'}"]
-    return "\n".join(lines) + "\n"
+COLUMNS = ("refused", "executor", "values", "crash", "survived")
+
+
+@dataclass
+class Result:
+    """What mutate.md says. head: a line of each run. rows: by file, as many as COLUMNS."""
+
+    head: list[str]
+    rows: dict[str, list[int]]
+    survivors: list[Mutant]
+
+    @classmethod
+    def read(cls, text: str) -> "Result":
+        head, body = text.split("\n\n| text", 1)
+        rows = re.findall(r"^\| (\S+\.metal) \| \d+ ((?:\| \d+ )+)\|", body, re.M)
+        survivors = re.findall(r"^- (\S+):(\d+) `(.*)` -> `(.*)`: ", body, re.M)
+        return cls(
+            head.split("\n\n")[1:],
+            {file: [int(n) for n in row.split("|")[1:]] for file, row in rows},
+            [Mutant(file, int(line), before, after) for file, line, before, after in survivors],
+        )
+
+    def replace(self, mutants: Sequence[Mutant], outcomes: Sequence[tuple[str, str]], whole_files: bool) -> None:
+        """With what became of the mutants, which are all of their files or some that had survived."""
+        again = {str(m) for m in mutants}
+        files = {m.file for m in mutants}
+        self.survivors = [m for m in self.survivors if str(m) not in again and not (whole_files and m.file in files)]
+        self.survivors += [m for m, (o, _) in zip(mutants, outcomes, strict=True) if o == "survived"]
+        self.survivors.sort(key=lambda m: (m.file, m.line))
+        for file in files:
+            counts = Counter(o for m, (o, _) in zip(mutants, outcomes, strict=True) if m.file == file)
+            seen = [0] * 4 if whole_files else self.rows[file][:4]
+            self.rows[file] = [
+                *(n + counts[column] for n, column in zip(seen, COLUMNS, strict=False)),
+                sum(m.file == file for m in self.survivors),
+            ]
+
+    @property
+    def all(self) -> list[int]:
+        return [sum(column) for column in zip(*self.rows.values(), strict=True)]
+
+    def __str__(self) -> str:
+        lines = ["# Faults planted in the kernels' texts", ""]
+        for line in self.head:
+            lines += [line, ""]
+        lines += [
+            "| text | one-token mutants | refused by clang or lint | stopped by the executor | wrong values "
+            "| crash or hang | survived | caught of those that compile |",
+            "|---|---:|---:|---:|---:|---:|---:|---:|",
+        ]
+        for file, row in [*sorted(self.rows.items()), ("all", self.all)]:
+            lines.append(f"| {file} | {sum(row)} | {' | '.join(map(str, row))} | {caught(row):.1%} |")
+        lines += ["", "## What survived", "", *(f"- {m}: {reason(m) or 'NOT EXPLAINED'}" for m in self.survivors)]
+        return "\n".join(lines) + "\n"
 
 
 def caught(row: Sequence[int]) -> float:
@@ -569,25 +725,52 @@ def caught(row: Sequence[int]) -> float:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m parity_tests.mutate", description=__doc__.splitlines()[0])
     parser.add_argument("--processes", type=int, default=2, metavar="N")
-    parser.add_argument("--only", metavar="FILE", help="mutants of this text alone; the result is printed, not written")
+    parser.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="mutants of this text, and of others that are named so too; of all else what was found stays",
+    )
+    parser.add_argument(
+        "--unexplained",
+        action="store_true",
+        help="only what survived without a reason, where cases were added; what was caught stays counted so",
+    )
     args = parser.parse_args()
-    files = [file for file in sorted(TEXTS.glob("*.metal")) if args.only in (None, file.name)]
-    if not files or args.processes < 1:
-        parser.error(f"--only {args.only} is no text of kernels/" if not files else "--processes must be 1 or more")
-    mutants = [mutant for file in files for mutant in mutants_of(file.name, file.read_text())]
-    start = time.monotonic()
-    outcomes = judge_all(mutants, args.processes)
-    text = report(mutants, outcomes, time.monotonic() - start, args.processes)
-    if args.only:
-        print(text)
-    else:
-        RESULT.write_text(text)
-        print(f"wrote {RESULT.relative_to(HERE.parent)}")
-    survivors = [m for m, (outcome, _) in zip(mutants, outcomes, strict=True) if outcome == "survived"]
-    compiled = sum(outcome != "refused" for outcome, _ in outcomes)
-    unexplained = sum(not reason(m) for m in survivors)
-    print(f"{1 - len(survivors) / compiled:.2%} of {compiled} caught; {unexplained} survivors without a reason")
-    return int(unexplained > 0 or len(survivors) > (1 - LEAST) * compiled)
+    files = sorted(TEXTS.glob("*.metal"))
+    if unknown := set(args.only) - {file.name for file in files}:
+        parser.error(f"--only {' '.join(sorted(unknown))}: no text of kernels/")
+    if args.processes < 1:
+        parser.error("--processes must be 1 or more")
+    mutants = [m for f in files if f.name in (args.only or [f.name]) for m in mutants_of(f.name, f.read_text())]
+    digest = hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()[:12]
+    result = Result([], {}, [])
+    if args.only or args.unexplained:
+        before = RESULT.read_text()
+        if f"texts `{digest}`" not in before:
+            raise SystemExit(f"error: {RESULT.relative_to(HERE.parent)} is of other texts; a whole run is needed")
+        result = Result.read(before)
+    if args.unexplained:
+        wanted = {str(m) for m in result.survivors if not reason(m)}
+        mutants = [m for m in mutants if str(m) in wanted]
+    if mutants:
+        start = time.monotonic()
+        outcomes = judge_all(mutants, args.processes)
+        result.replace(mutants, outcomes, whole_files=not args.unexplained)
+        command = ["python -m parity_tests.mutate", *["--unexplained"] * args.unexplained]
+        command += [f"--only {file}" for file in args.only]
+        result.head.append(
+            f"`{' '.join(command)}`: {len(mutants):,} mutants, {args.processes} processes, "
+            f"{(time.monotonic() - start) / 60:.0f} minutes, MLX {version('mlx')}; texts `{digest}`."
+            + " What was caught before is counted as it was."
+            * args.unexplained
+        )
+    RESULT.write_text(str(result))
+    unexplained = sum(not reason(m) for m in result.survivors)
+    print(f"wrote {RESULT.relative_to(HERE.parent)}")
+    print(f"{caught(result.all):.2%} of {sum(result.all[1:]):,} caught; {unexplained} survivors without a reason")
+    return int(unexplained > 0 or caught(result.all) < LEAST)
 
 
 if __name__ == "__main__":

@@ -473,7 +473,7 @@ def kernel(inputs, **_):
     made.append(inputs[0].tolist())
     return [inputs[0] + inputs[1]]
 def launch(op):
-    return launcher.Launch(op, (), (), {{}}, {{}}, kernel, [], (1, 1, 1), (32, 1, 1), [(2,)], [mx.float32])
+    return launcher.Launch(op, op, (), (), {{}}, {{}}, kernel, [], (1, 1, 1), (32, 1, 1), [(2,)], [mx.float32])
 for _ in range(20):
     for op in ("a", "b"):
         (y,) = launch(op)(mx.array([1.0, 2.0]), mx.array([3.0, 4.0]))

@@ -209,8 +209,25 @@ def test_a_table_is_a_line_for_each_entry(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["table.json"]
 
 
-def test_the_shipped_table_can_be_read() -> None:
-    shapes.read(launcher.HERE / "shapes.json")
+def test_every_shipped_shape_is_one_that_a_launch_of_the_real_widths_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name that no launch has, or a parameter that its op has not, would be passed over without a word."""
+    shipped = launcher.HERE / "shapes.json"
+    monkeypatch.setattr(shapes, "SHIPPED", shipped)
+    sizes = replace(op_cases.GPU, num_experts=8, layers=1, rotating_bytes=1, contexts=(256,))
+    for name, ops in shapes.read(shipped).items():
+        monkeypatch.setattr(shapes, "device", lambda name=name: (name, "a family"))
+        for op, entries in ops.items():
+            tune.clear_launches()
+            shapes._from_tables.cache_clear()
+            shapes._tables.cache_clear()
+            with launcher.recording() as launches, shapes.asking() as asked:
+                for case in op_cases.OPS[op]("Q4_0", mx.bfloat16, sizes):
+                    case.contestants["kernel"].run(case.x, 0)
+            assert launches
+            got = {a.what: a.values for a in asked if a.op == op}
+            for what, entry in entries.items():
+                assert entry.items() <= got[what].items()
+    tune.clear_launches()
 
 
 def test_names_of_what_a_launch_works_on() -> None:

@@ -97,11 +97,11 @@ def test_nothing_is_launched_on_a_cpu(op: str) -> None:
 
 
 LONGEST = {
-    "qmv": 9_500,
+    "qmv": 10_100,
     "embed": 6_000,
-    "experts_gate_up": 12_500,
-    "experts_down": 9_500,
-    "mla_decode": 16_000,
+    "experts_gate_up": 13_000,
+    "experts_down": 9_800,
+    "mla_decode": 16_100,
     "mla_merge": 9_000,
     "expand": 6_500,
 }
@@ -129,14 +129,14 @@ def test_a_shorter_text_has_the_lines_of_its_file() -> None:
 
 
 def test_sections_are_for_what_launches_use() -> None:
-    known = launcher._uses([(kind, (1, 256)) for kind in KINDS], [mx.uint8, mx.bfloat16, 3, True])
+    known = launcher._uses([(kind, (1, 256)) for kind in KINDS], [mx.uint8, mx.bfloat16, 3, True], ["load_turn("])
     headings = [
         heading
         for path in launcher.HERE.glob("*.metal")
         for heading in re.findall(r"^// -+ for (.*?)(?:: .*)? -+$", path.read_text(), re.MULTILINE)
     ]
     assert len(headings) >= 10
-    assert {name for heading in headings for name in heading.split()} == known
+    assert {name for heading in headings for name in heading.split() if name != "and"} == known
 
 
 SHAPES: list[tuple[Case, dict[str, int]]] = [

@@ -180,22 +180,23 @@ FAR = [
 def attend(
     q_latent: np.ndarray, rows: np.ndarray, dtype: mx.Dtype = mx.float32, new: np.ndarray | None = None
 ) -> np.ndarray:
-    """(5, 64): one query of each of five heads, without RoPE, over rows of 80 of which the last is the query's own.
-    v_b changes nothing."""
-    case = Mla(5, rows.shape[1])
+    """(H, 64): one query of each head, without RoPE, over rows of 80 of which the last is the query's own. v_b changes
+    nothing. More than eight heads are in a cache where a threadgroup takes them all."""
+    heads = q_latent.shape[1]
+    case = Mla(heads, rows.shape[1])
     _, q, kv_a, norm, wavelengths, _, position = case.inputs
     own = kv_a if new is None else mx.array(new)
-    room = MATRIX_ROWS if dtype != mx.float32 else 0
+    room = 0 if dtype == mx.float32 else MATRIX_ROWS if heads <= MATRIX_HEADS else MANY_ROWS
     cache = mx.contiguous(mx.pad(mx.array(rows), [(0, 0), (0, room), (0, 0)], constant_values=mx.nan).astype(dtype))
     others = (own.astype(dtype), norm, wavelengths, cache, position)
-    v_b = mx.repeat(mx.eye(64)[None], 5, axis=0)
+    v_b = mx.repeat(mx.eye(64)[None], heads, axis=0)
     no_rope = (0 * mx.nan_to_num(q)).astype(dtype)
     # Two splits and that of the last rows, so that a threadgroup of matrices goes through several turns of 32 rows.
     with mock.patch.object(module, "MATRIX_THREADGROUPS", 3):
         module._launches.cache_clear()
         (y,) = run(lambda: [mla_decode(mx.array(q_latent).astype(dtype), no_rope, *others, 1.0, v_b)[0]], launches=2)
     module._launches.cache_clear()
-    return float64(y).reshape(5, 64)
+    return float64(y).reshape(heads, 64)
 
 
 def rounded(values: np.ndarray, dtype: mx.Dtype) -> np.ndarray:
@@ -226,19 +227,21 @@ def test_the_best_of_scores_far_below_zero_is_the_result(context: int, at: int, 
     np.testing.assert_array_equal(attend(q_latent, rows, dtype, new), want)
 
 
-@pytest.mark.parametrize(("dtype", "near"), [(mx.float32, 1e-5), (mx.bfloat16, 2**-8)])
-def test_heads_do_not_share_a_largest_score(dtype: mx.Dtype, near: float) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "near", "heads"), [(mx.float32, 1e-5, 5), (mx.bfloat16, 2**-8, 5), (mx.bfloat16, 2**-8, 17)]
+)
+def test_heads_do_not_share_a_largest_score(dtype: mx.Dtype, near: float, heads: int) -> None:
     """Every second head sees scores of 0 beside a neighbour's of 10,000: it gives the mean of the rows."""
     rows = np.random.default_rng(0).standard_normal((1, 100, 80)).astype(np.float32)
     rows[0, 40, 0] = 1e4
-    q_latent = np.zeros((1, 5, 1, 64), np.float32)
+    q_latent = np.zeros((1, heads, 1, 64), np.float32)
     q_latent[0, ::2, 0, 0] = 1.0
     own = np.zeros((1, 1, 80), np.float32)
     rows[0, 99] = 0
     out = attend(q_latent, rows, dtype, own)
     held = rounded(rows[0, :, :64], dtype)
-    np.testing.assert_array_equal(out[::2], np.tile(held[40], (3, 1)))
-    np.testing.assert_allclose(out[1::2], np.tile(held.mean(axis=0), (2, 1)), rtol=near, atol=near / 10)
+    np.testing.assert_array_equal(out[::2], np.tile(held[40], (-(-heads // 2), 1)))
+    np.testing.assert_allclose(out[1::2], np.tile(held.mean(axis=0), (heads // 2, 1)), rtol=near, atol=near / 10)
 
 
 @pytest.mark.parametrize(

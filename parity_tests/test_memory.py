@@ -280,12 +280,15 @@ def test_memory_does_not_grow_with_the_tokens_generated(pytestconfig: pytest.Con
     while count < max(4 * ROUND, pytestconfig.getoption("--soak-tokens")):
         prompt = [3 + count // ROUND % 1000, 5, 7, 11, 13, 17]
         count += sum(1 for _ in engine.generate(prompt, SamplingParams(seed=count, **params), ROUND))
+        mx.synchronize()
         seen.append((mx.get_active_memory(), mx.get_cache_memory(), process.memory_info().rss))
     settled, last = seen[1], seen[-1]
     print(
         f"after {count:,} tokens (after {2 * ROUND}): active, kept, resident", *map("{:,} ({:,})".format, last, settled)
     )
     assert count == ROUND * len(seen)
-    assert last[0] == settled[0], "MLX holds arrays that it did not hold before"
+    # An array that MLX gives a kept buffer counts with all of that buffer, so an array that moves may add a few bytes.
+    # The smallest thing to keep of a token, its id, has four.
+    assert last[0] < settled[0] + count - 2 * ROUND, "MLX holds arrays that it did not hold before"
     assert last[1] < settled[1] + (1 << 20)
     assert last[2] < settled[2] + (8 << 20)

@@ -341,6 +341,20 @@ BAD = {
         Call(IN_GRID + "float a[4]; for (int j = 0; j <= int(i & 7u); ++j) a[j] = x[i]; y[i] = a[0];"),
         "out of bounds: index 4",
     ),
+    "past the end of a thread's array, in a function": Bad(
+        Call(
+            IN_GRID + "float a[4]; fill(a, x[i], int(i & 7u)); y[i] = a[0];",
+            header="template <class A> inline void fill(thread A& a, float v, int last) "
+            "{ for (int j = 0; j <= last; ++j) a[j] = v; }",
+        ),
+        "out of bounds: index 4",
+    ),
+    "read through a null pointer": Bad(
+        Call(IN_GRID + "const device float* p = 0; y[i] = p[i];"), "null pointer: read of 4 bytes"
+    ),
+    "write through a null pointer": Bad(
+        Call(IN_GRID + "device float* p = 0; p[1] = x[i]; y[i] = x[i];"), "null pointer: write of 4 bytes"
+    ),
     "more private memory than a thread has": Bad(
         Call(IN_GRID + "float a[20000]; for (uint j = 0; j < 20000u; ++j) a[j] = x[j % 64u]; y[i] = a[i];"),
         "private memory: a thread uses more than 64 KB",

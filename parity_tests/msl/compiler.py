@@ -50,7 +50,7 @@ MODES = {
             "-mllvm",
             "-disable-vector-combine",
         ),
-        *("-fno-builtin", "-fno-finite-loops", "-ftrivial-auto-var-init=pattern"),
+        *("-fno-builtin", "-fno-finite-loops", "-ftrivial-auto-var-init=pattern", "-fno-delete-null-pointer-checks"),
         "-fsanitize-coverage=edge,no-prune,trace-pc-guard,trace-loads,trace-stores",
         # array-bounds and not bounds: the latter brings local-bounds, which traps instead of calling us.
         "-fsanitize=array-bounds,shift,integer-divide-by-zero,float-cast-overflow,signed-integer-overflow,return",

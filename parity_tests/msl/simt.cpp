@@ -49,6 +49,7 @@ extern "C" char __ehdr_start[] __attribute__((visibility("hidden"))), _end[] __a
 namespace {
 const uint32_t LANES = 32, MAX_THREADS = 1024, MAX_SITES = 4096;
 const size_t STACK = 64 << 10, BELOW_STACKS = 1 << 20, MARGIN = 64 << 10, LINE = 128, MAX_SHARED = 32 << 10;
+const uintptr_t NULL_PAGE = 4096;
 const uint64_t CANARY = 0x5afe57acc0de0000;  // in the last word of a stack
 
 template <class T>
@@ -371,6 +372,7 @@ void touch(void* where, unsigned size, bool is_write, const void* pc) {
   if (!r) {
     if (a >= stacks - BELOW_STACKS && a < stacks + MAX_THREADS * STACK) return fail("private memory", pc, TOO_DEEP);
     if (!is_write && a >= __ehdr_start && a + size <= _end && !(a >= __start_msl_shared && a < __stop_msl_shared)) return;  // tables
+    if ((uintptr_t)a < NULL_PAGE) return fail("null pointer", pc, "%s of %u bytes", is_write ? "write" : "read", size);
     const Region* nearest = nullptr;
     unsigned long best = ~0ul;
     for (uint32_t i = 0; i < region_count; ++i) {
