@@ -11,10 +11,10 @@ inline void add_rows(
   for (uint step = 0; step < uint(CHUNKS); step += 32 * DEPTH) {
     const uint begin = from + step + lane;
     Raw raw[ROWS][DEPTH];
-    decltype(load_turn(w, 0u, 0u, 0u)) turn[ROWS];
+    decltype(load_turn<DEPTH>(w, 0u, 0u, 0u)) turn[ROWS];
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
-      turn[r] = load_turn(w, min(first + uint(r), last), from + step, lane);
+      turn[r] = load_turn<DEPTH>(w, min(first + uint(r), last), from + step, lane);
     }
 #pragma unroll
     for (int d = 0; d < DEPTH; ++d) {
@@ -26,16 +26,17 @@ inline void add_rows(
       }
     }
     LOADS_END
+    decltype(scales_of(w, turn[0], 0u)) scales[ROWS];
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
-      turn[r] = unpacked(w, turn[r]);
+      scales[r] = scales_of(w, turn[r], lane);
     }
 #pragma unroll
     for (int d = 0; d < DEPTH; ++d) {
-      decltype(of_chunk(w, turn[0], 0u, 0u)) own[ROWS];
+      decltype(of_chunk(w, scales[0], 0, 0u)) own[ROWS];
 #pragma unroll
       for (int r = 0; r < ROWS; ++r) {
-        own[r] = of_chunk(w, turn[r], begin + uint(32 * d), from + step);
+        own[r] = of_chunk(w, scales[r], d, lane);
       }
       if (has_chunk<CHUNKS, DEPTH * 32>(step + lane + uint(32 * d))) {
         const Eight x8 = load_eight(x, begin, 32 * d);

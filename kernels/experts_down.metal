@@ -1,6 +1,6 @@
-// A threadgroup computes ROWS rows of one token. A slot is a chosen expert, or after those an expert's width of the
-// shared ones; simdgroup i takes slots i, i + SIMDGROUPS, ... The simdgroups' sums meet in threadgroup memory and are
-// added in order, so the bits are the same in every run.
+// A threadgroup computes ROWS rows of one token. A slot is a chosen expert, or after those a part of the shared ones;
+// simdgroup i takes slots i, i + SIMDGROUPS, ... The simdgroups' sums meet in threadgroup memory and are added in order,
+// so the bits are the same in every run.
 threadgroup float partial[SIMDGROUPS * ROWS];
 constexpr int RESULTS = TOP_K * WIDTH + SHARED_WIDTH;  // of gate and up, for a token
 const uint lane = thread_index_in_simdgroup;
@@ -30,9 +30,9 @@ for (uint slot = simdgroup; slot < uint(SLOTS); slot += uint(SIMDGROUPS)) {
   }
 #ifdef SHARED_DOWN
   if (slot >= uint(TOP_K)) {
-    const uint from = (slot - uint(TOP_K)) * uint(WIDTH / 8);
+    const uint from = (slot - uint(TOP_K)) * uint(SHARED_PART / 8);
     const auto x = hidden + token * uint(RESULTS) + uint(TOP_K * WIDTH);
-    add_rows<ROWS, DEPTH, WIDTH / 8>(SHARED_DOWN, x, first, uint(ROWS_IN_ALL - 1), from, 1.0f, lane, sums);
+    add_rows<ROWS, DEPTH, SHARED_PART / 8>(SHARED_DOWN, x, first, uint(ROWS_IN_ALL - 1), from, 1.0f, lane, sums);
   }
 #endif
 }

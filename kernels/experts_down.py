@@ -19,7 +19,7 @@ from functools import cache
 import mlx.core as mx
 
 from kernels import launcher
-from kernels.planes import SUPER, Weight
+from kernels.planes import QUANT_TYPES, SUPER, Weight
 from kernels.qmv import gather_qmv_ops, qmv_ops
 from kernels.route import experts_of, weights_of
 from kernels.shapes import launch_shape, matrix_names
@@ -100,7 +100,10 @@ def _launch(
     at_once, depth, most = launch_shape(
         "experts_down", matrix_names(kinds), tokens, ROWS=ROWS, DEPTH=DEPTH, MAX_SIMDGROUPS=MAX_SIMDGROUPS
     )
-    slots = top_k + shared_width // width
+    # Of shared experts that are one matrix each has a slot, unless a K-quant's block would fall to two of them.
+    quant = QUANT_TYPES.get(kinds[-1][0])
+    part = shared_width if quant is not None and quant.is_super and width % SUPER else width
+    slots = top_k + shared_width // part
     simdgroups = min(slots, most)
     return launcher.prepare(
         back_end,
@@ -112,9 +115,9 @@ def _launch(
         template={
             "T": dtype,
             "WIDTH": width,
-            # Of a shared K-quant that begins within a block, a turn of eight would meet nine, and lanes hold eight.
-            "DEPTH": launcher.depth(width, launcher.LANES, min(depth, 7) if width % SUPER else depth),
+            "DEPTH": launcher.depth(width, launcher.LANES, depth),
             "SHARED_WIDTH": shared_width,
+            "SHARED_PART": part,
             "ROWS_IN_ALL": rows,
             "EXPERTS": num_experts,
             "TOP_K": top_k,

@@ -97,12 +97,12 @@ inline void swiglu_rows(
     const uint begin = step + lane;
     Raw raw_gate[ROWS][DEPTH];
     Raw raw_up[ROWS][DEPTH];
-    decltype(load_turn(gate, 0u, 0u, 0u)) turn_gate[ROWS];
-    decltype(load_turn(up, 0u, 0u, 0u)) turn_up[ROWS];
+    decltype(load_turn<DEPTH>(gate, 0u, 0u, 0u)) turn_gate[ROWS];
+    decltype(load_turn<DEPTH>(up, 0u, 0u, 0u)) turn_up[ROWS];
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
-      turn_gate[r] = load_turn(gate, min(first + uint(r), last), step, lane);
-      turn_up[r] = load_turn(up, min(first + uint(r), last), step, lane);
+      turn_gate[r] = load_turn<DEPTH>(gate, min(first + uint(r), last), step, lane);
+      turn_up[r] = load_turn<DEPTH>(up, min(first + uint(r), last), step, lane);
     }
 #pragma unroll
     for (int d = 0; d < DEPTH; ++d) {
@@ -116,19 +116,21 @@ inline void swiglu_rows(
       }
     }
     LOADS_END
+    decltype(scales_of(gate, turn_gate[0], 0u)) scales_gate[ROWS];
+    decltype(scales_of(up, turn_up[0], 0u)) scales_up[ROWS];
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
-      turn_gate[r] = unpacked(gate, turn_gate[r]);
-      turn_up[r] = unpacked(up, turn_up[r]);
+      scales_gate[r] = scales_of(gate, turn_gate[r], lane);
+      scales_up[r] = scales_of(up, turn_up[r], lane);
     }
 #pragma unroll
     for (int d = 0; d < DEPTH; ++d) {
-      decltype(of_chunk(gate, turn_gate[0], 0u, 0u)) own_gate[ROWS];
-      decltype(of_chunk(up, turn_up[0], 0u, 0u)) own_up[ROWS];
+      decltype(of_chunk(gate, scales_gate[0], 0, 0u)) own_gate[ROWS];
+      decltype(of_chunk(up, scales_up[0], 0, 0u)) own_up[ROWS];
 #pragma unroll
       for (int r = 0; r < ROWS; ++r) {
-        own_gate[r] = of_chunk(gate, turn_gate[r], begin + uint(32 * d), step);
-        own_up[r] = of_chunk(up, turn_up[r], begin + uint(32 * d), step);
+        own_gate[r] = of_chunk(gate, scales_gate[r], d, lane);
+        own_up[r] = of_chunk(up, scales_up[r], d, lane);
       }
       if (has_chunk<COLS / 8, DEPTH * 32>(begin + uint(32 * d))) {
         const Eight x8 = load_eight(x, begin, 32 * d);

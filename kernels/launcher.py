@@ -324,7 +324,7 @@ def _uses(weights: Iterable[Kind], template: Iterable[int | bool | mx.Dtype], ow
     own: the op's texts.
     """
     uses = {"uint8_t" for value in template if value == mx.uint8}
-    uses |= {"turns" for text in own if "load_turn(" in text}
+    uses |= {"turns" for text in own if "load_turn<" in text}
     for kind_name, _ in weights:
         uses.add("weights")
         if quant := QUANT_TYPES.get(kind_name):

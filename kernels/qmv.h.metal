@@ -36,10 +36,10 @@ inline void qmv_rows(
   for (uint step = 0; step < uint(COLS / 8); step += DEPTH * LANES) {
     const uint begin = step + lane % uint(LANES);
     Raw raw[ROWS][DEPTH];
-    decltype(load_turn(w, 0u, 0u, 0u)) turn[ROWS];
+    decltype(load_turn<DEPTH>(w, 0u, 0u, 0u)) turn[ROWS];
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
-      turn[r] = load_turn(w, base + min(first + uint(32 / LANES * r), rows - 1u), step, lane);
+      turn[r] = load_turn<DEPTH>(w, base + min(first + uint(32 / LANES * r), rows - 1u), step, lane);
     }
 #pragma unroll
     for (int d = 0; d < DEPTH; ++d) {
@@ -51,16 +51,17 @@ inline void qmv_rows(
       }
     }
     LOADS_END
+    decltype(scales_of(w, turn[0], 0u)) scales[ROWS];
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
-      turn[r] = unpacked(w, turn[r]);
+      scales[r] = scales_of(w, turn[r], lane);
     }
 #pragma unroll
     for (int d = 0; d < DEPTH; ++d) {
-      decltype(of_chunk(w, turn[0], 0u, 0u)) own[ROWS];
+      decltype(of_chunk(w, scales[0], 0, 0u)) own[ROWS];
 #pragma unroll
       for (int r = 0; r < ROWS; ++r) {
-        own[r] = of_chunk(w, turn[r], begin + uint(LANES * d), step);
+        own[r] = of_chunk(w, scales[r], d, lane);
       }
       if (has_chunk<COLS / 8, DEPTH * LANES>(begin + uint(LANES * d))) {
         Eight gain;

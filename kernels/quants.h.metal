@@ -8,13 +8,13 @@
 //   decode(w, raw, chunk) -> Chunk     value = scale * quants[i] + minimum; chunk + ahead decodes alike
 //   dot(chunk, x)                      the sum of eight values times x
 //
-// Rows that a simdgroup reads a turn at a time, DEPTH chunks a lane, are loaded in two parts. Of a K-quant's scales,
-// which 32 chunks share, each lane then loads and unpacks a part for all:
+// Rows that a simdgroup reads a turn at a time, DEPTH chunks a lane, from a whole 256 values on, are loaded in two parts.
+// The scales of a K-quant, which many chunks share, are then loaded and multiplied out by one lane for all:
 //
-//   load_turn(w, row, first, lane) -> Turn   scales of the chunks from `first` on, where the simdgroup's begin
-//   load_own(w, row, chunk, ahead) -> Raw    all that is not in the Turn
-//   unpacked(w, turn) -> Turn                once, when it is there
-//   of_chunk(w, turn, chunk, first) -> Own   by all lanes together: what the turn has for each one's chunk
+//   load_turn<DEPTH>(w, row, first, lane) -> Turn   for the chunks from `first` on, where lane 0 begins
+//   load_own(w, row, chunk, ahead) -> Raw           all that is not in the Turn
+//   scales_of(w, turn, lane) -> Scales              once, when it is there
+//   of_chunk(w, scales, d, lane) -> Own             what it has for a lane's d-th chunk; by all lanes together
 //   decode_own(w, raw, own, chunk) -> Chunk
 //
 // A lane takes chunks lane, lane + 32, ...: whatever the type, a simdgroup then reads neighbouring bytes. It loads
@@ -356,20 +356,26 @@ inline Raw load(SuperMin<CODE, COLS> w, uint row, uint chunk, int ahead) {
   return raw;
 }
 
-// Twelve bytes: six bits of scale of groups 0..3, six of their minima, four of both of groups 4..7; the upper two bits
-// of those stand above the sixes. Layout: llama.cpp get_scale_min_k4.
+struct SixBits {
+  uint scale;
+  uint minimum;
+};
+
+// Of twelve bytes those of a group, in the lowest bits: six bits of scale of groups 0..3, six of their minima, four of
+// both of groups 4..7; the upper two bits of those stand above the sixes. Layout: llama.cpp get_scale_min_k4.
+inline SixBits six_bits(uint scales, uint mins, uint both, bool late) {
+  return SixBits{
+      late ? (both & 15u) | ((scales >> 2) & 48u) : scales & 63u,
+      late ? ((both >> 4) & 15u) | ((mins >> 2) & 48u) : mins & 63u};
+}
+
 template <class CODE, int COLS>
 inline Chunk<true> decode(SuperMin<CODE, COLS> w, Raw raw, uint chunk) {
   const uint group = (chunk / 4) & 7u;
   const uint at = (group & 3u) * 8;
-  const uint scales = raw.sub[0] >> at;
-  const uint mins = raw.sub[1] >> at;
-  const uint both = raw.sub[2] >> at;
-  const bool late = group >= 4;
-  const uint scale = late ? (both & 15u) | ((scales >> 2) & 48u) : scales & 63u;
-  const uint minimum = late ? ((both >> 4) & 15u) | ((mins >> 2) & 48u) : mins & 63u;
+  const SixBits two = six_bits(raw.sub[0] >> at, raw.sub[1] >> at, raw.sub[2] >> at, group >= 4);
   return scaled<true>(
-      unpack(CODE(), raw, chunk), float(raw.scale) * float(scale), -(float(raw.minimum) * float(minimum)));
+      unpack(CODE(), raw, chunk), float(raw.scale) * float(two.scale), -(float(raw.minimum) * float(two.minimum)));
 }
 
 // ---- for Super ------------------------------------------------------------------------------------------------------
@@ -399,13 +405,8 @@ inline Chunk<false> decode(Super<CODE, COLS> w, Raw raw, uint chunk) {
 // ---- for turns: of any type -----------------------------------------------------------------------------------------
 
 struct Turn {};
-struct Own {};
-struct SuperOwn {
-  float scale;
-  float minimum;
-};
 
-template <class W>
+template <int DEPTH, class W>
 inline Turn load_turn(W w, uint row, uint first, uint lane) {
   return Turn();
 }
@@ -415,40 +416,54 @@ inline Raw load_own(W w, uint row, uint chunk, int ahead) {
   return load(w, row, chunk, ahead);
 }
 
-template <class W, class T>
-inline T unpacked(W w, T turn) {
+template <class W>
+inline Turn scales_of(W w, Turn turn, uint lane) {
   return turn;
 }
 
 template <class W>
-inline Own of_chunk(W w, Turn turn, uint chunk, uint first) {
-  return Own();
+inline Turn of_chunk(W w, Turn turn, int d, uint lane) {
+  return turn;
 }
 
 template <class W>
-inline auto decode_own(W w, Raw raw, Own own, uint chunk) {
+inline auto decode_own(W w, Raw raw, Turn own, uint chunk) {
   return decode(w, raw, chunk);
 }
 
 // ---- for turns and SuperMin -----------------------------------------------------------------------------------------
 
-// Lane l has of block l / 4 of the turn the bytes l % 4, which are those of groups l % 4 and l % 4 + 4, and d and dmin.
-// Unpacked, the first word is four numbers of six bits: scale and minimum of the one group, then of the other.
+// Of four blocks, eight groups each: lane l has group l % 8 of block l / 8, the next four in the next of each array.
+template <int DEPTH>
 struct SuperMinTurn {
-  uint bytes[3];
-  float16_t scale;
-  float16_t minimum;
+  uint bytes[(DEPTH + 3) / 4][3];
+  float16_t scale[(DEPTH + 3) / 4];
+  float16_t minimum[(DEPTH + 3) / 4];
 };
 
-template <class CODE, int COLS>
-inline SuperMinTurn load_turn(SuperMin<CODE, COLS> w, uint row, uint first, uint lane) {
-  const uint block = row * uint(COLS / 256) + min(first / 32 + lane / 4, uint(COLS / 256 - 1));
-  SuperMinTurn turn;
-  turn.scale = w.scales[block];
-  turn.minimum = w.mins[block];
+template <int DEPTH>
+struct SuperMinScales {
+  float scale[(DEPTH + 3) / 4];
+  float minimum[(DEPTH + 3) / 4];
+};
+
+struct SuperMinOwn {
+  float scale;
+  float minimum;
+};
+
+template <int DEPTH, class CODE, int COLS>
+inline SuperMinTurn<DEPTH> load_turn(SuperMin<CODE, COLS> w, uint row, uint first, uint lane) {
+  SuperMinTurn<DEPTH> turn;
 #pragma unroll
-  for (int i = 0; i < 3; ++i) {
-    turn.bytes[i] = uint(w.sub_scales[block * 12 + uint(4 * i) + lane % 4]);
+  for (int i = 0; i < (DEPTH + 3) / 4; ++i) {
+    const uint block = row * uint(COLS / 256) + min(first / 32 + uint(4 * i) + lane / 8, uint(COLS / 256 - 1));
+    turn.scale[i] = w.scales[block];
+    turn.minimum[i] = w.mins[block];
+#pragma unroll
+    for (int j = 0; j < 3; ++j) {
+      turn.bytes[i][j] = uint((w.sub_scales + block * 12 + lane % 4)[4 * j]);
+    }
   }
   return turn;
 }
@@ -460,43 +475,53 @@ inline Raw load_own(SuperMin<CODE, COLS> w, uint row, uint chunk, int ahead) {
   return raw;
 }
 
-template <class CODE, int COLS>
-inline SuperMinTurn unpacked(SuperMin<CODE, COLS> w, SuperMinTurn turn) {
-  const uint scales = turn.bytes[0];
-  const uint mins = turn.bytes[1];
-  const uint both = turn.bytes[2];
-  const uint late = (both & 15u) | ((scales >> 2) & 48u) | ((both & 240u) << 4) | ((mins << 6) & 0x3000u);
-  turn.bytes[0] = (scales & 63u) | ((mins & 63u) << 8) | (late << 16);
-  turn.bytes[1] = uint(as_type<ushort>(turn.scale)) | (uint(as_type<ushort>(turn.minimum)) << 16);
-  return turn;
+template <class CODE, int COLS, int DEPTH>
+inline SuperMinScales<DEPTH> scales_of(SuperMin<CODE, COLS> w, SuperMinTurn<DEPTH> turn, uint lane) {
+  SuperMinScales<DEPTH> scales;
+#pragma unroll
+  for (int i = 0; i < (DEPTH + 3) / 4; ++i) {
+    const SixBits two = six_bits(turn.bytes[i][0], turn.bytes[i][1], turn.bytes[i][2], lane % 8 >= 4);
+    scales.scale[i] = float(turn.scale[i]) * float(two.scale);
+    scales.minimum[i] = -(float(turn.minimum[i]) * float(two.minimum));
+  }
+  return scales;
+}
+
+template <class CODE, int COLS, int DEPTH>
+inline SuperMinOwn of_chunk(SuperMin<CODE, COLS> w, SuperMinScales<DEPTH> scales, int d, uint lane) {
+  const ushort from = ushort(uint(d % 4 * 8) + lane / 4);
+  return SuperMinOwn{simd_shuffle(scales.scale[d / 4], from), simd_shuffle(scales.minimum[d / 4], from)};
 }
 
 template <class CODE, int COLS>
-inline SuperOwn of_chunk(SuperMin<CODE, COLS> w, SuperMinTurn turn, uint chunk, uint first) {
-  const uint group = (chunk / 4) & 7u;
-  const ushort from = ushort((chunk / 32 - first / 32) * 4 + (group & 3u));
-  const uint numbers = simd_shuffle(turn.bytes[0], from) >> ((group & 4u) * 4);
-  const half2 factors = as_type<half2>(simd_shuffle(turn.bytes[1], from));
-  return SuperOwn{float(factors.x) * field<6, 0, 0>(numbers), -(float(factors.y) * field<6, 8, 0>(numbers))};
-}
-
-template <class CODE, int COLS>
-inline Chunk<true> decode_own(SuperMin<CODE, COLS> w, Raw raw, SuperOwn own, uint chunk) {
+inline Chunk<true> decode_own(SuperMin<CODE, COLS> w, Raw raw, SuperMinOwn own, uint chunk) {
   return scaled<true>(unpack(CODE(), raw, chunk), own.scale, own.minimum);
 }
 
 // ---- for turns and Super --------------------------------------------------------------------------------------------
 
-// Lane l has of block l / 4 of the turn four of the sixteen bytes, and d.
+// Of two blocks, sixteen groups each: lane l has group l % 16 of block l / 16, the next two in the next of each array.
+template <int DEPTH>
 struct SuperTurn {
-  uint bytes;
-  float scale;
+  int byte[(DEPTH + 1) / 2];
+  float16_t scale[(DEPTH + 1) / 2];
 };
 
-template <class CODE, int COLS>
-inline SuperTurn load_turn(Super<CODE, COLS> w, uint row, uint first, uint lane) {
-  const uint block = row * uint(COLS / 256) + min(first / 32 + lane / 4, uint(COLS / 256 - 1));
-  return SuperTurn{((const device uint32_t*)w.sub_scales)[block * 4 + lane % 4], float(w.scales[block])};
+template <int DEPTH>
+struct SuperScales {
+  float scale[(DEPTH + 1) / 2];
+};
+
+template <int DEPTH, class CODE, int COLS>
+inline SuperTurn<DEPTH> load_turn(Super<CODE, COLS> w, uint row, uint first, uint lane) {
+  SuperTurn<DEPTH> turn;
+#pragma unroll
+  for (int i = 0; i < (DEPTH + 1) / 2; ++i) {
+    const uint block = row * uint(COLS / 256) + min(first / 32 + uint(2 * i) + lane / 16, uint(COLS / 256 - 1));
+    turn.scale[i] = w.scales[block];
+    turn.byte[i] = int(w.sub_scales[block * 16 + lane % 16]);
+  }
+  return turn;
 }
 
 template <class CODE, int COLS>
@@ -506,17 +531,24 @@ inline Raw load_own(Super<CODE, COLS> w, uint row, uint chunk, int ahead) {
   return raw;
 }
 
-template <class CODE, int COLS>
-inline SuperOwn of_chunk(Super<CODE, COLS> w, SuperTurn turn, uint chunk, uint first) {
-  const ushort from = ushort((chunk / 32 - first / 32) * 4 + (chunk / 8) % 4);
-  const uint four = simd_shuffle(turn.bytes, from);
-  const int number = int(four << (24 - (chunk / 2) % 4 * 8)) >> 24;
-  return SuperOwn{simd_shuffle(turn.scale, from) * float(number), 0.0f};
+template <class CODE, int COLS, int DEPTH>
+inline SuperScales<DEPTH> scales_of(Super<CODE, COLS> w, SuperTurn<DEPTH> turn, uint lane) {
+  SuperScales<DEPTH> scales;
+#pragma unroll
+  for (int i = 0; i < (DEPTH + 1) / 2; ++i) {
+    scales.scale[i] = float(turn.scale[i]) * float(turn.byte[i]);
+  }
+  return scales;
+}
+
+template <class CODE, int COLS, int DEPTH>
+inline float of_chunk(Super<CODE, COLS> w, SuperScales<DEPTH> scales, int d, uint lane) {
+  return simd_shuffle(scales.scale[d / 2], ushort(uint(d % 2 * 16) + lane / 2));
 }
 
 template <class CODE, int COLS>
-inline Chunk<false> decode_own(Super<CODE, COLS> w, Raw raw, SuperOwn own, uint chunk) {
-  return scaled<false>(unpack(CODE(), raw, chunk), own.scale, 0.0f);
+inline Chunk<false> decode_own(Super<CODE, COLS> w, Raw raw, float own, uint chunk) {
+  return scaled<false>(unpack(CODE(), raw, chunk), own, 0.0f);
 }
 
 // ---- for Dense ------------------------------------------------------------------------------------------------------
