@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from glm_mlx import checkup
+from glm_mlx.batch import Batch
 from glm_mlx.cache import KvBits
 from glm_mlx.engine import PREFILL_CHUNK, WIDE_CHUNK, Engine, prefill_chunk
 from glm_mlx.load import load_model
@@ -149,18 +150,23 @@ def test_the_host_waits_where_a_prompt_holds_more_than_it_may(monkeypatch: pytes
     assert len(waits) == 2
 
 
+@pytest.mark.parametrize("sequences", [None, 3])
 def test_what_a_prompt_may_hold_is_counted_from_its_cache(
-    model_file: MakeModel, monkeypatch: pytest.MonkeyPatch
+    sequences: int | None, model_file: MakeModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The cache grows within the prompt, and what it takes is none of the scratch."""
+    """The cache, of all sequences, grows within the prompt, and what it takes is none of the scratch."""
     given: list[int] = []
     within = wide.within
     monkeypatch.setattr(wide, "within", lambda held: given.append(held) or within(held))
-    engine = Engine(load_model(model_file(VARIANTS["GLM Q4_0, output Q6_K"]), mx.float32).model, chunk=32)
+    model = load_model(model_file(VARIANTS["GLM Q4_0, output Q6_K"]), mx.float32).model
+    reader = Engine(model, chunk=32) if sequences is None else Batch(model, sequences, chunk=32)
     for prompt in (tokens(40), tokens(300)):
-        before, grown = mx.get_active_memory(), engine.cache.nbytes
-        list(engine.generate(prompt, SamplingParams(temperature=0), 1))
-        assert abs(given.pop() - before - (engine.cache.nbytes - grown)) < 1 << 16
+        before, grown = mx.get_active_memory(), reader.cache.nbytes
+        if isinstance(reader, Engine):
+            list(reader.generate(prompt, SamplingParams(temperature=0), 1))
+        else:
+            reader([prompt] * len(reader.cache.offsets))
+        assert abs(given.pop() - before - (reader.cache.nbytes - grown)) < 1 << 16
 
 
 def test_a_layer_has_the_experts_of_a_few_tiles_at_a_time_beside_the_next(
