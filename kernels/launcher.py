@@ -245,7 +245,7 @@ def prepare(
     if min(threadgroups) < 1:
         raise KernelRefusedError(op, f"an empty grid of {threadgroups} threadgroups")
     headers = ("quants.h.metal", *(f"{name}.h.metal" for name in dict.fromkeys((helpers or op, op))))
-    uses = _uses(weights.values(), template.values(), [_text(file) for file in headers[1:]])
+    uses = _uses(weights.values(), template.values(), [_text(file) for file in (*headers[1:], f"{op}.metal")])
     header = "".join(_shortened(_text(file), uses) for file in headers) + "".join(lines)
     body = _shortened(_text(f"{op}.metal"), uses)
     _check_writes(op, body, inputs, writes)

@@ -19,12 +19,17 @@ const uint first = (threadgroup_position_in_grid.x * uint(SIMDGROUPS) + simdgrou
 const uint head = threadgroup_position_in_grid.y;
 const uint query = threadgroup_position_in_grid.z;
 Raw raw[ROWS][DEPTH];
+decltype(load_turn<DEPTH>(V_B, 0u, 0u, 0u)) turn[ROWS];
+#pragma unroll
+for (int r = 0; r < ROWS; ++r) {
+  turn[r] = load_turn<DEPTH>(V_B, head * uint(VALUES) + min(first + uint(r), uint(VALUES - 1)), 0, lane);
+}
 #pragma unroll
 for (int d = 0; d < DEPTH; ++d) {
   if (has_chunk<LATENT / 8, DEPTH * 32>(lane + uint(32 * d))) {
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
-      raw[r][d] = load(V_B, head * uint(VALUES) + min(first + uint(r), uint(VALUES - 1)), lane, 32 * d);
+      raw[r][d] = load_own(V_B, head * uint(VALUES) + min(first + uint(r), uint(VALUES - 1)), lane, 32 * d);
     }
   }
 }
@@ -95,13 +100,20 @@ for (uint begin = 0; begin < uint(FOURS); begin += uint(THREADS)) {
 }
 threadgroup_barrier(mem_flags::mem_threadgroup);
 
+decltype(scales_of(V_B, turn[0], 0u)) scales[ROWS];
 float sums[ROWS];
 #pragma unroll
 for (int r = 0; r < ROWS; ++r) {
+  scales[r] = scales_of(V_B, turn[r], lane);
   sums[r] = 0.0f;
 }
 #pragma unroll
 for (int d = 0; d < DEPTH; ++d) {
+  decltype(of_chunk(V_B, scales[0], 0, 0u)) own[ROWS];
+#pragma unroll
+  for (int r = 0; r < ROWS; ++r) {
+    own[r] = of_chunk(V_B, scales[r], d, lane);
+  }
   const uint chunk = lane + uint(32 * d);
   if (has_chunk<LATENT / 8, DEPTH * 32>(chunk)) {
     Eight x8;
@@ -117,7 +129,7 @@ for (int d = 0; d < DEPTH; ++d) {
     x8 = with_sum(x8);
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
-      sums[r] += dot(decode(V_B, raw[r][d], lane), x8);
+      sums[r] += dot(decode_own(V_B, raw[r][d], own[r], lane), x8);
     }
   }
 }

@@ -102,7 +102,7 @@ LONGEST = {
     "experts_gate_up": 13_200,
     "experts_down": 9_900,
     "mla_decode": 16_200,
-    "mla_merge": 9_100,
+    "mla_merge": 10_100,
     "expand": 6_500,
 }
 
