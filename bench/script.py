@@ -102,6 +102,11 @@ def table(title: str, columns: Sequence[str], words: int = 1) -> Table:
     return made
 
 
+def share(part: float | None) -> str:
+    """In a table."""
+    return "-" if part is None else f"{part:.1%}"
+
+
 def show(lines: Sequence[str], tables: Sequence[Table], notes: Sequence[str] = ()) -> None:
     """Lines, tables and notes on standard output, plain in a pipe. No number is cut off: a terminal may wrap a row."""
     console = Console(highlight=False, emoji=False)
