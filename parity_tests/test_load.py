@@ -12,6 +12,7 @@ import pytest
 from gguf import GGUFReader
 
 from glm_mlx.config import Config
+from glm_mlx.errors import InputError
 from glm_mlx.gguf import GGUFFile
 from glm_mlx.hub import choose_files, resolve
 from glm_mlx.load import load_model
