@@ -14,7 +14,8 @@ twin's, or not the same twice, is never timed. What is faster alone is a candida
 and after that the whole model, with and without it, in fresh processes. Options after -- go to both benchmarks.
 
 The table is the user's own, which every run of the product reads; --ship writes to kernels/shapes.json as well, for the
-family of the chip. Where no kernel is launched, there is nothing to tune.
+family of an Apple chip (Apple M3), but for one NVIDIA GPU by its name: those of one architecture differ too much. Where
+no kernel is launched, there is nothing to tune.
 """
 
 import argparse
@@ -360,15 +361,28 @@ def with_candidates(table: shapes.Table, cases: Sequence[Found], device: str) ->
 
 
 def store(table: shapes.Table, device: tuple[str, str], ship: bool) -> None:
-    """As the user's own; what it says about this device also in the repository, about its family, if it is to ship."""
+    """As the user's own; what it says about this device also in the repository, if it is to ship.
+
+    There it holds for the device's family, but on NVIDIA for the device alone: an architecture has GPUs with less than
+    half of another's bandwidth, and an entry of the device would go before the family's.
+    """
     write_table(shapes.user_file(), table)
     if ship:
+        name, family = device
+        where = name if family.startswith("NVIDIA ") else family
         shipped = read_table(shapes.SHIPPED)
-        for op, entries in table.get(device[0], {}).items():
+        for op, entries in table.get(name, {}).items():
             for what, entry in entries.items():
-                values: shapes.Entry = {name: value for name, value in entry.items() if name != "text"}
-                shipped = shapes.with_entry(shipped, device[1], op, what, values)
+                if is_for_this_text(op, entry):
+                    values: shapes.Entry = {key: value for key, value in entry.items() if key != "text"}
+                    shipped = shapes.with_entry(shipped, where, op, what, values)
         write_table(shapes.SHIPPED, shipped)
+
+
+def is_for_this_text(op: str, entry: shapes.Entry) -> bool:
+    """Whether an entry was found for the kernel's text as it is, which a run asks too."""
+    digest = shapes.text_digest(op)
+    return entry.get("text", digest) == digest
 
 
 def read_table(path: Path) -> shapes.Table:

@@ -503,6 +503,28 @@ def test_a_shipped_shape_is_the_familys_and_of_any_text(gates: dict[str, float],
     assert shapes.user_file().exists()
 
 
+@pytest.mark.parametrize(
+    ("device", "where"),
+    [(("NVIDIA H200", "NVIDIA sm_90"), "NVIDIA H200"), (("Apple M3 Max", "Apple M3"), "Apple M3")],
+    ids=["NVIDIA", "Apple"],
+)
+def test_what_is_shipped_is_what_others_with_the_device_get(
+    device: tuple[str, str], where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside the entries that are shipped now, which hold for a device by its name."""
+    before = shapes.read(launcher.HERE / "shapes.json")
+    what, values = "Q4_0 5120x768", {"ROWS": 1, "SIMDGROUPS": 2, "DEPTH": 4}
+    assert before["NVIDIA H200"]["qmv"][what] != values
+    shapes.write(shapes.SHIPPED, before)
+    monkeypatch.setattr(shapes, "device", lambda: device)
+    found = entry({**values, "text": shapes.text_digest("qmv")}, device[0], "qmv", what)
+    stale = shapes.with_entry(found, device[0], "qmv", "Q4_0 1x32", {"ROWS": 2, "text": "another"})
+    tune.store(stale, device, ship=True)
+    shapes.user_file().unlink()
+    assert shapes.launch_shape("qmv", what, 1, ROWS=4, SIMDGROUPS=4, DEPTH=8) == (1, 2, 4)
+    assert shapes.read(shapes.SHIPPED) == shapes.with_entry(before, where, "qmv", what, dict(values))
+
+
 def test_search_and_verdict_in_two_steps(gates: dict[str, float], tmp_path: Path) -> None:
     file = tmp_path / "found.json"
     assert tuned(tmp_path, "--candidates", str(file))["gates"] == []
