@@ -458,6 +458,23 @@ def test_what_was_measured_before_an_end_is_kept(
     assert git("worktree", "list").count("\n") == 1
 
 
+def test_a_pair_without_the_rows_of_the_others_leaves_them_good(
+    git: Git, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran = []
+
+    def run(side: Side, measure: str, options: Any) -> dict[str, Any]:
+        ran.append(side)
+        return report({"0" if len(ran) < 15 else "1": [1.0 + 0.5 * (len(ran) % 3)]})
+
+    monkeypatch.setattr(ab, "run", run)
+    path = tmp_path / "out.json"
+    assert ab.main(["HEAD", "HEAD", "--rest", "0", "--json", str(path)]) == 2
+    made = json.loads(path.read_text())
+    assert (len(made["pairs"]), made["verdict"]) == (7, "no difference")
+    assert "stopped: A and B have no row in common that decode.py could measure" in made["notes"]
+
+
 # --- the trial on a GPU
 
 
