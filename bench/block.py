@@ -10,8 +10,9 @@ on a GPU, one step queued while the one before is computed, every step waiting f
 divided by its blocks. The chain takes all layers of a kind in turn, and copies of them while it reads less than caches
 hold; so weights come from memory, as in decode. The first steps are warm-up: shown, but in no median. "GPU" is the
 time that the GPU itself was busy, known on NVIDIA with PyTorch installed; where it is known, GB/s and the share of what
-a copy on this device moves are by it. "read" is what the launched code reads: the chosen experts, all other weights of
-the part, and the rows of the cache, which are drawn at random.
+a copy on this device moves are by it. "read" is bytes of the weights and cached rows that a token needs, each once: the
+chosen experts, all other weights of the part, and the rows of the cache, which are drawn at random. Tests hold what our
+kernels fetch to that; MLX's operations may read more.
 """
 
 import argparse

@@ -8,9 +8,10 @@ examples:
 
 Greedy, through the same engine as `generate`; prompts are seeded random token ids. The first tokens after a prompt are
 warm-up: shown, but in no median. A depth is the number of tokens before the first decoded one (0: a prompt of one).
-"read a token" is what the launched code reads: the chosen experts, one row of the embedding, all other weights and the
-rows of the cache; "of copy" is the share of what a copy on this device moves. Without --fill, the context is a real
-prompt up to 4,096 tokens (512 on a CPU) and random rows in the cache beyond, which decode at the same speed.
+"read a token" is bytes of the weights and cached rows that a token needs, each once: the chosen experts, one row of the
+embedding, all other weights and the rows of the cache. Tests hold what our kernels fetch to that; MLX's operations may
+read more. "of copy" is the share of what a copy on this device moves. Without --fill, the context is a real prompt up
+to 4,096 tokens (512 on a CPU) and random rows in the cache beyond, which decode at the same speed.
 """
 
 import argparse
