@@ -1,7 +1,8 @@
 """Launch shapes: how many rows, simdgroups and chunks at once a launch takes, by device, op and what it works on.
 
 The constants of each op's module hold unless a table says better. `bench/tune.py` makes two: shapes.json beside this
-file, for families of chips, and the user's own in their cache folder, which goes first.
+file, for families of Apple's chips and NVIDIA's GPUs by name, and the user's own in their cache folder, which goes
+first.
 
     {"Apple M3": {"experts_down": {"Q4_0 2048x1536": {"ROWS": 4, "DEPTH": 6}}}}
 
