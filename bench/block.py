@@ -10,8 +10,9 @@ on a GPU, one step queued while the one before is computed, every step waiting f
 divided by its blocks. The chain takes all layers of a kind in turn, and copies of them while it reads less than caches
 hold; so weights come from memory, as in decode. The first steps are warm-up: shown, but in no median. "GPU" is the
 time that the GPU itself was busy, known on NVIDIA with PyTorch installed; where it is known, GB/s and the share of what
-a copy on this device moves are by it. "read" is what the launched code reads: the chosen experts, all other weights of
-the part, and the rows of the cache, which are drawn at random.
+a copy on this device moves are by it. "read" is bytes of the weights and cached rows that a token needs, each once: the
+chosen experts, all other weights of the part, and the rows of the cache, which are drawn at random. Tests hold what our
+kernels fetch to that; MLX's operations may read more.
 """
 
 import argparse
@@ -38,6 +39,7 @@ from bench.subject import PATHS, Subject, add_arguments, add_paths, open_subject
 from bench.timing import summarize
 from glm_mlx.cache import LatentCache, TracedCache
 from glm_mlx.config import Config
+from glm_mlx.errors import is_out_of_memory
 from glm_mlx.model import Cache, Model, decode_bytes
 from kernels.planes import QuantizedTensor, Weight
 from kernels.rows import RowFormat
@@ -212,8 +214,6 @@ def _rotation(subject: Subject, kind: str, own: Sequence[int], least_room: int) 
         count += 1
     cfg = with_layers(count)
     model = Model(cfg, weights, subject.model.dtype, 8 if rows.is_packed else 16)
-    theirs = {id(w) for w in subject.weights.values()}
-    room = subject.room - sum(w.nbytes for w in weights.values() if id(w) not in theirs)
     return Rotation(kind, replace(subject, config=cfg, weights=weights, model=model, room=room), len(own))
 
 
@@ -289,7 +289,7 @@ def measure_all(
                                 counted[name] = dict(primitives(chain(inputs[0], cache)))
                             measure(chain, cache, inputs, run, WARM_UP + args.count)
                 except (MemoryError, RuntimeError) as error:
-                    if not script.is_out_of_memory(error):
+                    if not is_out_of_memory(error):
                         raise
                     notes.append(f"not measured: depth {depth:,} and more: out of memory")
                     deepest = depth - 1

@@ -39,7 +39,7 @@ from bench.llama_bench import LlamaBench
 from bench.mlx_lm_peer import MlxLm
 from bench.subject import Subject, add_arguments, open_subject, usable_depths
 from bench.timing import summarize
-from glm_mlx.errors import InputError
+from glm_mlx.errors import InputError, is_out_of_memory
 from glm_mlx.gguf import shown
 from glm_mlx.hub import resolve
 from glm_mlx.small import SMALL_MODEL
@@ -172,7 +172,7 @@ def take_turns(
             try:
                 contestant.measure(turn, 0 if is_warm_up else args.count)
             except Exception as error:
-                if contestant.name == OURS and not script.is_out_of_memory(error):
+                if contestant.name == OURS and not is_out_of_memory(error):
                     raise
                 problems.append({"by": contestant.name, "depth": depth, "why": _why(error)})
                 ends[contestant.name] = depth - 1
@@ -184,7 +184,7 @@ def _why(error: Exception) -> str:
     if isinstance(error, UnavailableError):
         return str(error)
     lines = str(error).strip().splitlines() or [""]
-    if script.is_out_of_memory(error):
+    if is_out_of_memory(error):
         return f"out of memory: {shown(lines[0], 200)}"
     return f"failed: {type(error).__name__}: {shown(lines[0], 200)}"
 

@@ -8,10 +8,11 @@ examples:
 
 Greedy, through the same engine as `generate`; prompts are seeded random token ids. Round 0 reads each prompt once to
 warm up ("cold"); that and the first tokens after a prompt are shown, but in no median. A depth is the number of tokens
-before the first decoded one (0: a prompt of one). "read a token" is what the launched code reads: the chosen experts,
-one row of the embedding, all other weights and the rows of the cache; "of copy" is the share of what a copy on this
-device moves. Without --fill, the context is a real prompt up to 4,096 tokens (512 on a CPU) and random rows in the
-cache beyond, which decode at the same speed.
+before the first decoded one (0: a prompt of one). "read a token" is bytes of the weights and cached rows that a token
+needs, each once: the chosen experts, one row of the embedding, all other weights and the rows of the cache. Tests hold
+what our kernels fetch to that; MLX's operations may read more. "of copy" is the share of what a copy on this device
+moves. Without --fill, the context is a real prompt up to 4,096 tokens (512 on a CPU) and random rows in the cache
+beyond, which decode at the same speed.
 """
 
 import argparse
@@ -37,6 +38,7 @@ from bench.launches import decode_step, launches
 from bench.subject import PATHS, Subject, add_arguments, add_paths, open_subject, usable_depths, usable_paths
 from bench.timing import summarize
 from glm_mlx.engine import Engine
+from glm_mlx.errors import is_out_of_memory
 from glm_mlx.model import Model, decode_bytes
 from glm_mlx.sampling import SamplingParams
 
@@ -149,7 +151,7 @@ def measure_all(
                 with PATHS[path]():
                     measure(model, run, 1 if is_warm_up else tokens)
             except (MemoryError, RuntimeError) as error:
-                if not script.is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 notes.append(f"not measured: depth {depth:,} and more: out of memory by {path}")
                 deepest = depth - 1

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from argparse import Namespace
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -183,14 +184,16 @@ def test_caches_hold_the_values_that_were_asked_for(kv_bits: int, monkeypatch: p
         assert rotation.subject.cache_type == ("8-bit" if kv_bits == 8 else "float32")
 
 
-def test_room_is_what_weights_in_memory_leave(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU, where a model moves its weights into arrays of several: what is moved stands there twice."""
-    opened, gpu, models = small(), mx.Device(mx.gpu), []
-    make = block.Model
+@pytest.mark.parametrize("room", [1 << 30, 4_000_000])
+def test_room_is_what_weights_in_memory_leave(room: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where a model moves its weights into arrays of several: no copy of a layer shares its banks."""
+    loaded, gpu, models, make = small(), mx.Device(mx.gpu), [], block.Model
     monkeypatch.setattr(mx, "default_device", lambda: gpu)
     monkeypatch.setattr(glm_mlx.model, "small_experts", lambda *_: None)
     monkeypatch.setattr(block, "BEYOND_CACHES", {"gpu": 3_000_000})
     monkeypatch.setattr(block, "Model", lambda *args: models.append(args) or make(*args))
+    weights = dict(loaded.weights)
+    opened = replace(loaded, weights=weights, model=make(loaded.config, weights, loaded.model.dtype), room=room)
     mx.clear_cache()
     before = mx.get_active_memory()
     rotations = block.rotate(opened)
@@ -198,6 +201,8 @@ def test_room_is_what_weights_in_memory_leave(monkeypatch: pytest.MonkeyPatch) -
     assert opened.room - rotations[-1].subject.room == pytest.approx(more, rel=0.02)
     assert max(one.subject.config.num_layers for one in rotations) > 5
     assert len(models) == len(rotations)
+    assert rotations[0].subject.room >= room // 2
+    assert more > 1_000_000
 
 
 def test_bytes_are_those_of_a_token_but_for_embedding_and_head(monkeypatch: pytest.MonkeyPatch) -> None:

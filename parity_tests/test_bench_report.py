@@ -160,6 +160,41 @@ def test_other_caches_and_contexts_have_rows_of_their_own(folder: Path) -> None:
     assert [row[5] for row in rows] == ["1,234", "1,234", ""]
 
 
+def test_a_ratio_to_a_row_that_was_measured_again_names_its_speed(folder: Path) -> None:
+    """Whatever the order of the paths. A ratio to a row that is shown needs no more words."""
+    for twins_first in (False, True):
+        both = [decoded(0, ms=20), decoded(0, "twins", 40), decoded(512), decoded(512, "twins", 40)]
+        put(folder, "a.json", results(both[::-1] if twins_first else both))
+        put(folder, "b.json", results([decoded(512, ms=5)], conditions=conditions_of(date="2027-02-01")))
+        ratios = {(row[2], row[3]): row[7] for row in table(folder)}
+        assert ratios == {
+            ("0", "glm-mlx, kernels"): "",
+            ("0", "glm-mlx, MLX's operations"): "2.00 x",
+            ("512", "glm-mlx, kernels"): "",
+            ("512", "glm-mlx, MLX's operations"): "4.00 x, ours then 100.0 tok/s",
+        }
+
+
+@pytest.mark.parametrize(("cache", "note"), [("8-bit", ", cache bfloat16"), ("bfloat16", "")])
+def test_a_peer_with_another_cache_than_ours_says_so(folder: Path, cache: str, note: str) -> None:
+    rows = [
+        decoded(by=by, decode_ratios=ratios, prefill_ratios=[])
+        for by, ratios in (("glm-mlx", []), ("mlx-lm", [2.0, 1.0, 4.0]), ("llama.cpp", [3.0]))
+    ]
+    contestants = {
+        "glm-mlx": {},
+        "mlx-lm": {"version": "9.9", "activations": "bfloat16"},
+        "llama.cpp": {"build_commit": "ab"},
+    }
+    model = results([])["model"] | {"cache": cache}
+    put(folder, "compare.json", results(rows, script="compare", contestants=contestants, model=model))
+    assert [(row[3], row[7]) for row in table(folder)] == [
+        ("glm-mlx", ""),
+        (f"mlx-lm 9.9{note}", "2.00 x (1.00-4.00)"),
+        ("llama.cpp ab", "3.00 x (3.00-3.00)"),
+    ]
+
+
 def test_other_scripts_have_no_row_and_are_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     put(folder, "parity.json", {"tests": {}})
     put(folder, "list.json", [1])
