@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from bench import ab, block, conditions, decode, ops_speed, paired, script, sides
+from bench import ab, block, decode, frame, ops_speed, paired, script, sides
 from bench.sides import Side
 from bench.timing import summarize
 from glm_mlx.errors import InputError
@@ -222,8 +222,8 @@ def test_the_log_gets_a_line_for_each_verdict_newest_first(tmp_path: Path, monke
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(conditions, "COPIES", (1, 2))
-    monkeypatch.setattr(conditions, "available_memory", lambda: 1 << 26)
+    copy = {"gb_s": 2.0, "bytes": 1, "seconds": {}, "by": "wall time"}
+    monkeypatch.setattr(frame, "copy_bandwidth", lambda: copy)
     monkeypatch.setattr(block, "BEYOND_CACHES", {"cpu": 1, "gpu": 1})
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from bench import block, compare, conditions, contest, decode, ops_speed, report, script
+from bench import block, compare, contest, decode, frame, ops_speed, report, script
 from bench.subject import Subject
 
 ROOT = Path(__file__).parents[1]
@@ -250,9 +250,9 @@ def test_bad_input_is_one_line(
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Conditions without seconds of copying."""
-    monkeypatch.setattr(conditions, "COPIES", (1, 2))
-    monkeypatch.setattr(conditions, "available_memory", lambda: 1 << 26)
+    """Without seconds of copying."""
+    copy = {"gb_s": 2.0, "bytes": 1, "seconds": {}, "by": "wall time"}
+    monkeypatch.setattr(frame, "copy_bandwidth", lambda: copy)
 
 
 @pytest.mark.usefixtures("quick")
