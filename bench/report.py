@@ -80,7 +80,7 @@ class Report:
             # Of a checkout that is not clean the commit says little, the source all.
             at["commit"] if (at["commit"] or "+")[-1] != "+" else f"source {at['source_sha256']}",
             f"MLX {at['mlx']}",
-            f"copy {at['copy']['gb_s']:,.0f} GB/s{quoted}",
+            f"copy {at['copy']['gb_s']:,.0f} GB/s{quoted}" if at["copy"] else "no copy was timed",
             *power,
             *_parity(self.content),
             _rounds(self.content),
@@ -226,7 +226,7 @@ def _decode(content: Mapping[str, Any]) -> Iterator[Row]:
         ratio = ""
         if row["path"] != "kernels" and row["depth"] in kernels:
             ratio = f"{row['decode_seconds']['median'] / kernels[row['depth']]:.2f} x"
-        share = f"{row['gb_s']['median']:,.0f}, {row['of_copy']:.1%}"
+        share = _share(f"{row['gb_s']['median']:,.0f}", row["of_copy"])
         yield Row(_model(content), row["depth"], PATHS[row["path"]], _speed(row), _prompt(row), share, ratio)
 
 
@@ -255,7 +255,7 @@ def _block(content: Mapping[str, Any]) -> Iterator[Row]:
         ratio = ""
         if row["path"] != "kernels" and row["depth"] in kernels:
             ratio = f"{row['seconds']['median'] / kernels[row['depth']]:.2f} x"
-        share = f"{row['gb_s']:,.0f}, {row['of_copy']:.1%}"
+        share = _share(f"{row['gb_s']:,.0f}", row["of_copy"])
         yield Row(f"an MoE block of {_model(content)}", row["depth"], PATHS[row["path"]], speed, "", share, ratio)
 
 
@@ -267,7 +267,7 @@ def _ops(content: Mapping[str, Any]) -> Iterator[Row]:
             seconds = (row["summary"].get("gpu") or row["summary"]["chain"])["median"]
             ways = groups.setdefault((row["op"], row["type"], row["dtype"]), {})
             ways.setdefault(row["by"], {})[row["shape"]] = seconds, row["bytes"]
-    copy = content["conditions"]["copy"]["gb_s"]
+    copy = content["conditions"]["copy"]
     for (op, kind, dtype), ways in groups.items():
         kernel = ways.get("kernel", {})
         for by in sorted(ways, key=list(WAYS).index):
@@ -280,7 +280,7 @@ def _ops(content: Mapping[str, Any]) -> Iterator[Row]:
                 WAYS[by],
                 f"{_range([1e6 * seconds for seconds, _ in found.values()], '.1f')} µs a launch",
                 "",
-                f"{_range(rates, ',.0f')}, {_range([rate / copy for rate in rates], '.1%')}",
+                _share(_range(rates, ",.0f"), *([rate / copy["gb_s"] for rate in rates] if copy else [None])),
                 f"{_range(ratios, '.2f')} x" if ratios else "",
             )
 
@@ -291,6 +291,12 @@ SCRIPTS: dict[str, Callable[[Mapping[str, Any]], Iterator[Row]]] = {
     "block": _block,
     "ops_speed": _ops,
 }
+
+
+def _share(gb_s: str, *of_copy: float | None) -> str:
+    """Beside a speed its share of a copy's, where that is known."""
+    known = [share for share in of_copy if share is not None]
+    return f"{gb_s}, {_range(known, '.1%')}" if known else gb_s
 
 
 def _model(content: Mapping[str, Any]) -> str:

@@ -120,6 +120,15 @@ def test_a_row_holds_what_the_file_says(folder: Path) -> None:
     assert text.endswith(f"{report.END}\nafter\n")
 
 
+def test_a_speed_stands_alone_where_no_copy_was_timed(folder: Path) -> None:
+    put(folder, "decode.json", results([decoded(of_copy=None)]))
+    assert [cells[6] for cells in table(folder)] == ["212"]
+    row = {"op": "qmv", "type": "Q4_0", "dtype": "bfloat16", "by": "kernel", "shape": "64x64", "problem": None}
+    rows = [row | {"summary": {"chain": {"median": 1e-6}}, "bytes": 1000}]
+    put(folder, "decode.json", results(rows, script="ops_speed", conditions=conditions_of(copy=None)))
+    assert [cells[6] for cells in table(folder)] == ["1"]
+
+
 def test_a_new_file_appears_by_itself_and_check_tells(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     put(folder, "a.json", results([decoded()]))
     assert report.main([]) == 0
