@@ -17,6 +17,7 @@ import glm_mlx.model
 from bench import block, frame, gpu_time, script, subject, synthetic
 from glm_mlx.model import decode_bytes
 from kernels.planes import QuantizedTensor, Weight
+from parity_tests.compare import memory_held
 
 ROOT = Path(__file__).parents[1]
 COPY = {"gb_s": 2.0, "bytes": 1, "seconds": {}, "by": "wall time"}
@@ -194,10 +195,9 @@ def test_room_is_what_weights_in_memory_leave(room: int, monkeypatch: pytest.Mon
     monkeypatch.setattr(block, "Model", lambda *args: models.append(args) or make(*args))
     weights = dict(loaded.weights)
     opened = replace(loaded, weights=weights, model=make(loaded.config, weights, loaded.model.dtype), room=room)
-    mx.clear_cache()
-    before = mx.get_active_memory()
+    before = memory_held()
     rotations = block.rotate(opened)
-    more = mx.get_active_memory() - before
+    more = memory_held() - before
     assert opened.room - rotations[-1].subject.room == pytest.approx(more, rel=0.02)
     assert max(one.subject.config.num_layers for one in rotations) > 5
     assert len(models) == len(rotations)
