@@ -338,7 +338,7 @@ def test_chat_answers_resets_and_survives_ctrl_c(model: str) -> None:
         chat.wait_for("Hello\r\n(.|\n){20}")
         chat.type("\x03")
         figures = chat.wait_for(r"peak memory (.|\n)*> ")
-        assert bool(re.search(r"\(\d+ cached\)", figures)) == bool(turn), "a second turn computes only what is new"
+        assert bool(re.search(r"\([\d,]+ cached\)", figures)) == bool(turn), "a second turn computes only what is new"
     chat.type("/reset\n")
     chat.wait_for("forgotten(.|\n)*> ")
     chat.wait_for("/exit(.|\n)*> ", press="\x03")
