@@ -204,6 +204,8 @@ def measure(comparison: Comparison, most: int = MOST_PAIRS, rest: float = REST) 
         comparison.first = comparison.first or (reports["A"], reports["B"])
         comparison.pairs.append((rows_of(reports["A"]), rows_of(reports["B"])))
         if not comparison.medians():
+            if number:
+                comparison.pairs.pop()  # those before it stay good
             raise InputError(f"A and B have no row in common that {comparison.measure}.py could measure")
 
 

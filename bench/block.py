@@ -10,8 +10,9 @@ on a GPU, one step queued while the one before is computed, every step waiting f
 divided by its blocks. The chain takes all layers of a kind in turn, and copies of them while it reads less than caches
 hold; so weights come from memory, as in decode. The first steps are warm-up: shown, but in no median. "GPU" is the
 time that the GPU itself was busy, known on NVIDIA with PyTorch installed; where it is known, GB/s and the share of what
-a copy on this device moves are by it. "read" is what the launched code reads: the chosen experts, all other weights of
-the part, and the rows of the cache, which are drawn at random.
+a copy on this device moves are by it. "read" is bytes of the weights and cached rows that a token needs, each once: the
+chosen experts, all other weights of the part, and the rows of the cache, which are drawn at random. Tests hold what our
+kernels fetch to that; MLX's operations may read more.
 """
 
 import argparse
@@ -27,16 +28,21 @@ if __name__ == "__main__":  # the repository instead of this folder, whose names
 
 import mlx.core as mx
 from rich.filesize import decimal
+from rich.status import Status
 from rich.table import Table
 
 from bench import gpu_time, script, synthetic
-from bench.conditions import back_end, conditions, describe, describe_parity, parity
+from bench.conditions import back_end
+from bench.frame import Frame
 from bench.launches import launches, primitives
 from bench.subject import PATHS, Subject, add_arguments, add_paths, open_subject, usable_depths, usable_paths
 from bench.timing import summarize
 from glm_mlx.cache import LatentCache, TracedCache
+from glm_mlx.config import Config
+from glm_mlx.errors import is_out_of_memory
 from glm_mlx.model import Cache, Model, decode_bytes
 from kernels.planes import QuantizedTensor, Weight
+from kernels.rows import RowFormat
 
 DEPTHS = (512, 2048, 8192, 32_768)
 PARTS = {"block": ("self_attn", "mlp"), "attention": ("self_attn",), "feed-forward": ("mlp",)}
@@ -78,20 +84,18 @@ class Rotation:
     subject: Subject
     own_layers: int  # the others are copies of these
 
-    def part_weights(self, part: str) -> dict[str, Weight]:
-        """By their names, of all layers."""
-        of_part = [word for name in PARTS[part] for word in (name, NORMS[name])]
-        return {
-            name: weight
-            for name, weight in self.subject.weights.items()
-            if name.startswith("layers.") and name.split(".")[2] in of_part
-        }
-
     def read_bytes(self, part: str, depth: int) -> int:
         """What a step reads, with so many rows in the cache before its own."""
         subject = self.subject
-        fixed, per_row = decode_bytes(subject.config, self.part_weights(part), subject.model.row_format)
-        return fixed + (per_row * (depth + 1) if "self_attn" in PARTS[part] else 0)
+        return read_bytes(part, depth, subject.config, subject.weights, subject.model.row_format)
+
+
+def read_bytes(part: str, depth: int, cfg: Config, weights: Mapping[str, Weight], rows: RowFormat) -> int:
+    """What a step through one part of all layers reads, with so many rows in the cache before its own."""
+    words = [word for name in PARTS[part] for word in (name, NORMS[name])]
+    of_part = {name: w for name, w in weights.items() if name.startswith("layers.") and name.split(".")[2] in words}
+    fixed, per_row = decode_bytes(cfg, of_part, rows)
+    return fixed + (per_row * (depth + 1) if "self_attn" in PARTS[part] else 0)
 
 
 class Chain:
@@ -136,42 +140,25 @@ def main(argv: list[str] | None = None) -> int:
     most = max(rotation.subject.config.num_layers for rotation in rotations)
     with_cache = replace(subject, config=replace(subject.config, num_layers=most), room=rotations[-1].subject.room)
     depths, notes = usable_depths(with_cache, args.depths, WARM_UP + args.count, DEPTHS)
-    found, parity_found = conditions(), parity(subject.model)
-    notes += [*too_small(rotations)]
+    frame = Frame("block", path, subject)
+    frame.notes += [*notes, *too_small(rotations)]
 
     runs: list[Run] = []
     counted: dict[str, dict[str, int]] = {}
-    interrupted = False
-    try:
-        notes += measure_all(rotations, runs, counted, args, paths, depths)
-    except KeyboardInterrupt:
-        interrupted = True
-        notes.append("interrupted: this is what was measured until then")
+    with frame.measuring() as status:
+        measure_all(rotations, runs, counted, frame.notes, args, paths, depths, status)
 
     runs = [run for run in runs if run.timed]
-    rows = list(_rows(rotations, runs, counted, found["copy"]["gb_s"]))
-    lines = [
-        subject.describe(),
-        *describe(found),
-        describe_parity(parity_found),
-        f"{args.rounds} rounds of {args.count} steps after {WARM_UP} of warm-up",
-    ]
-    script.show(lines, [_table(rows)], notes)
+    rows = list(_rows(rotations, runs, counted, frame))
+    lines = [f"{args.rounds} rounds of {args.count} steps after {WARM_UP} of warm-up"]
     report = {
-        "script": "block",
-        "conditions": found | {"gpu_time": "CUPTI, through PyTorch's profiler" if gpu_time.available() else None},
-        "parity": parity_found,
-        "model": subject.as_dict(),
         "rounds": args.rounds,
         "warm_up_steps": WARM_UP,
         "primitives_a_step": counted,
-        "interrupted": interrupted,
-        "notes": notes,
         "rows": rows,
         "runs": [asdict(run) for run in runs],
     }
-    script.write_json(path, report)
-    return 130 if interrupted else 0
+    return frame.finish(lines, [_table(rows)], report)
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -196,32 +183,38 @@ def rotate(subject: Subject) -> list[Rotation]:
 
 
 def _rotation(subject: Subject, kind: str, own: Sequence[int], least_room: int) -> Rotation:
-    cfg, room = subject.config, subject.room
+    room, rows = subject.room, subject.model.row_format
     weights: dict[str, Weight] = {name: w for name, w in subject.weights.items() if not name.startswith("layers.")}
 
-    def with_layers(count: int) -> Rotation:
-        changed = replace(cfg, num_layers=count, first_k_dense=count if kind == "dense" else 0)
-        model = Model(changed, weights, subject.model.dtype)
-        return Rotation(kind, replace(subject, config=changed, weights=weights, model=model, room=room), len(own))
+    def with_layers(count: int) -> Config:
+        return replace(subject.config, num_layers=count, first_k_dense=count if kind == "dense" else 0)
 
     for i, layer in enumerate(own):
         weights |= {f"layers.{i}.{name}": w for name, w in _of_layer(subject.weights, layer).items()}
-    made = with_layers(len(own))
     device = "cpu" if back_end() == "cpu" else "gpu"
     least = BEYOND_CACHES[device]
-    reads = min(made.read_bytes(part, -1) for part in PARTS)
+    reads = min(read_bytes(part, -1, with_layers(len(own)), weights, rows) for part in PARTS)
     wanted = min(MOST_LAYERS[device], -(-least * len(own) // reads))
     banks = sum(w.nbytes for name, w in weights.items() if ".experts." in name)
-    for i in range(len(own), wanted):
-        copied = _of_layer(subject.weights, own[i % len(own)])
-        # Banks of experts that no cache holds are read here and there: a copy may share them.
-        shared = {name for name in copied if ".experts." in name and banks >= least}
+    count = len(own)
+    while count < wanted:
+        copied = _of_layer(subject.weights, own[count % len(own)])
+        # Banks of experts that no cache holds are read here and there: a copy may share them, unless its model moves
+        # them into one array with others.
+        shared = {
+            name
+            for name, w in copied.items()
+            if ".experts." in name and banks >= least and (device == "cpu" or isinstance(w, mx.array))
+        }
         nbytes = sum(w.nbytes for name, w in copied.items() if name not in shared)
         if room - nbytes < least_room:
-            return with_layers(i)
+            break
         room -= nbytes
-        weights |= {f"layers.{i}.{name}": w if name in shared else _copy(w) for name, w in copied.items()}
-    return with_layers(max(wanted, len(own)))
+        weights |= {f"layers.{count}.{name}": w if name in shared else _copy(w) for name, w in copied.items()}
+        count += 1
+    cfg = with_layers(count)
+    model = Model(cfg, weights, subject.model.dtype, 8 if rows.is_packed else 16)
+    return Rotation(kind, replace(subject, config=cfg, weights=weights, model=model, room=room), len(own))
 
 
 def _of_layer(weights: Mapping[str, Weight], layer: int) -> dict[str, Weight]:
@@ -261,85 +254,101 @@ def measure_all(
     rotations: Sequence[Rotation],
     runs: list[Run],
     counted: dict[str, dict[str, int]],
+    notes: list[str],
     args: argparse.Namespace,
     paths: Sequence[str],
     depths: Sequence[int],
-) -> list[str]:
-    """Append runs, parts and paths in turns, and return what could not be measured."""
-    notes, deepest = [], depths[-1]
+    status: Status,
+) -> None:
+    """Append runs, parts and paths in turns, and to `notes` what could not be measured.
+
+    The GPU's own time is taken after all others: see `gpu_time`.
+    """
+    deepest = depths[-1]
     chains = {(r.kind, part, path): Chain(r.subject.model, part) for r in rotations for part in PARTS for path in paths}
-    with script.NOTES.status("measuring") as status:
-        for number in range(args.rounds):
-            for depth in depths:
-                for rotation in rotations:
-                    if depth > deepest:
-                        continue
-                    status.update(f"round {number + 1} of {args.rounds}, depth {depth:,}, {rotation.kind} layers")
-                    try:
-                        with_depth = [
-                            (part, path)
-                            for part in PARTS
-                            for path in paths
-                            if part != "feed-forward" or depth == depths[0]  # it does not see the context
-                        ]
-                        model, inputs = rotation.subject.model, _inputs(rotation.subject.model)
-                        cache = model.new_cache()
-                        synthetic.fill_cache(cache, max(depth, 1))
-                        for part, path in with_depth[:: 1 if number % 2 == 0 else -1]:
-                            run = Run(part, rotation.kind, path, depth)
-                            chain = chains[rotation.kind, part, path]
-                            runs.append(run)
-                            with PATHS[path]():
-                                if (name := f"{rotation.kind} {part}, {path}") not in counted:
-                                    counted[name] = dict(primitives(chain(inputs[0], cache)))
-                                measure(chain, cache, inputs, run, WARM_UP + args.count)
-                    except (MemoryError, RuntimeError) as error:
-                        if not script.is_out_of_memory(error):
-                            raise
-                        notes.append(f"not measured: depth {depth:,} and more: out of memory")
-                        deepest = depth - 1
-    return notes
+    for number in range(args.rounds):
+        for depth in depths:
+            for rotation in rotations:
+                if depth > deepest:
+                    continue
+                status.update(f"round {number + 1} of {args.rounds}, depth {depth:,}, {rotation.kind} layers")
+                try:
+                    with_depth = [
+                        (part, path)
+                        for part in PARTS
+                        for path in paths
+                        if part != "feed-forward" or depth == depths[0]  # it does not see the context
+                    ]
+                    cache, inputs = _context(rotation.subject.model, depth)
+                    for part, path in with_depth[:: 1 if number % 2 == 0 else -1]:
+                        run = Run(part, rotation.kind, path, depth)
+                        chain = chains[rotation.kind, part, path]
+                        runs.append(run)
+                        with PATHS[path]():
+                            if (name := f"{rotation.kind} {part}, {path}") not in counted:
+                                counted[name] = dict(primitives(chain(inputs[0], cache)))
+                            measure(chain, cache, inputs, run, WARM_UP + args.count)
+                except (MemoryError, RuntimeError) as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    notes.append(f"not measured: depth {depth:,} and more: out of memory")
+                    deepest = depth - 1
+    if gpu_time.available():
+        for depth, kind in dict.fromkeys((run.depth, run.kind) for run in runs if run.timed):
+            status.update(f"GPU time, depth {depth:,}, {kind} layers")
+            group = [run for run in runs if (run.depth, run.kind) == (depth, kind) and run.timed]
+            cache, inputs = _context(chains[kind, "block", paths[0]].model, depth)
+            for run in group:
+                with PATHS[run.path]():
+                    measure_gpu(chains[kind, run.part, run.path], cache, inputs, run)
 
 
-def _inputs(model: Model) -> list[mx.array]:
-    """What steps begin with in turn: (1, 1, D) each. Other values choose other experts."""
+def _context(model: Model, depth: int) -> tuple[LatentCache, list[mx.array]]:
+    """A cache with so many rows, and what steps begin with in turn: (1, 1, D) each. Other values choose other
+    experts."""
+    cache = model.new_cache()
+    synthetic.fill_cache(cache, max(depth, 1))
     tokens = mx.random.randint(0, model.cfg.vocab_size, (INPUTS, 1, 1), mx.int32, key=mx.random.key(0))
-    made = [model.embed(token) for token in tokens]
-    mx.eval(made)
-    return made
+    inputs = [model.embed(token) for token in tokens]
+    mx.eval(inputs)
+    return cache, inputs
 
 
 def measure(chain: Chain, cache: LatentCache, inputs: Sequence[mx.array], run: Run, steps: int) -> None:
     """Fill `run` step by step: what is there when Ctrl-C comes is good."""
-
-    def step(number: int, before: mx.array) -> mx.array:
-        # A new input, which must wait for the step before as a token does: it is sampled from that.
-        made = chain(mx.depends([inputs[number % len(inputs)]], [before])[0], cache)
-        mx.async_eval(made)
-        return made
-
-    def several(count: int) -> None:
-        x = inputs[0]
-        for number in range(count):
-            x = step(number, x)
-        mx.eval(x)
-
     last = time.perf_counter()
-    x = step(0, inputs[0])
+    x = _step(chain, cache, inputs, 0, inputs[0])
     for number in range(1, steps + 1):
-        ahead = step(number, x)
+        ahead = _step(chain, cache, inputs, number, x)
         mx.eval(x)
         now = time.perf_counter()
         run.seconds.append(now - last)
         last, x = now, ahead
     mx.eval(x)
-    if gpu_time.available():
-        for _ in range(GPU_SAMPLES):
-            run.gpu.append(gpu_time.busy_seconds(lambda: several(GPU_STEPS)) / GPU_STEPS)
+
+
+def measure_gpu(chain: Chain, cache: LatentCache, inputs: Sequence[mx.array], run: Run) -> None:
+    """The same steps by the GPU's own time."""
+
+    def several() -> None:
+        x = inputs[0]
+        for number in range(GPU_STEPS):
+            x = _step(chain, cache, inputs, number, x)
+        mx.eval(x)
+
+    for _ in range(GPU_SAMPLES):
+        run.gpu.append(gpu_time.busy_seconds(several) / GPU_STEPS)
+
+
+def _step(chain: Chain, cache: LatentCache, inputs: Sequence[mx.array], number: int, before: mx.array) -> mx.array:
+    # A new input, which must wait for the step before as a token does: it is sampled from that.
+    made = chain(mx.depends([inputs[number % len(inputs)]], [before])[0], cache)
+    mx.async_eval(made)
+    return made
 
 
 def _rows(
-    rotations: Sequence[Rotation], runs: Sequence[Run], counted: Mapping[str, Mapping[str, int]], copy_gb_s: float
+    rotations: Sequence[Rotation], runs: Sequence[Run], counted: Mapping[str, Mapping[str, int]], frame: Frame
 ) -> Iterator[dict[str, Any]]:
     """A row for each part, kind of layers, path and depth, over all its runs. Seconds and bytes are of one block."""
     by_kind = {rotation.kind: rotation for rotation in rotations}
@@ -366,7 +375,7 @@ def _rows(
             "gpu_seconds": summarize(gpu).as_dict() if gpu else None,
             "bytes": nbytes,
             "gb_s": gb_s,
-            "of_copy": gb_s / copy_gb_s,
+            "of_copy": frame.of_copy(gb_s),
         }
 
 
@@ -391,7 +400,7 @@ def _table(rows: Sequence[dict[str, Any]]) -> Table:
             f"{1e6 * gpu['median']:.1f}" if gpu else "-",
             decimal(round(row["bytes"])),
             f"{row['gb_s']:.3g}",
-            f"{row['of_copy']:.1%}",
+            script.share(row["of_copy"]),
         )
     return table
 

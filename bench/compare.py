@@ -29,15 +29,17 @@ if __name__ == "__main__":  # the repository instead of this folder, whose names
 
 import mlx.core as mx
 from rich.markup import escape
+from rich.status import Status
+from rich.table import Table
 
 from bench import decode, plot, script
-from bench.conditions import conditions, copy_bandwidth, describe, describe_parity, parity
 from bench.contest import OURS, WARM_UP, Contestant, Ours, Turn, UnavailableError
+from bench.frame import Frame
 from bench.llama_bench import LlamaBench
 from bench.mlx_lm_peer import MlxLm
 from bench.subject import Subject, add_arguments, open_subject, usable_depths
 from bench.timing import summarize
-from glm_mlx.errors import InputError
+from glm_mlx.errors import InputError, is_out_of_memory
 from glm_mlx.gguf import shown
 from glm_mlx.hub import resolve
 from glm_mlx.small import SMALL_MODEL
@@ -63,57 +65,50 @@ def main(argv: list[str] | None = None) -> int:
     subject = open_subject(args)
     # The first token comes from the prompt; beside the last one no next one is computed.
     depths, notes = usable_depths(subject, args.depths, WARM_UP + args.count + 2)
-    found, parity_found = conditions(copy=False), parity(subject.model)
+    frame = Frame("compare", path, subject)
 
     ours = Ours(subject.model, dict(subject.weights))
     contestants: list[Contestant] = [ours]
     problems: list[dict[str, Any]] = []
     turns: list[Turn] = []
-    interrupted = False
-    try:
+    with frame.measuring() as status:
         for name in args.peers:
-            with script.NOTES.status(f"making {name} ready"):
-                opened = open_peer(name, subject, args, problems)
+            status.update(f"making {name} ready")
+            opened = open_peer(name, subject, args, problems)
             if opened is not None:
                 contestants.append(opened)
                 subject = replace(subject, room=subject.room - opened.details.get("more_memory", 0))
         depths, notes = usable_depths(subject, args.depths, WARM_UP + args.count + 2)
-        take_turns(contestants, turns, problems, depths, args)
-    except KeyboardInterrupt:
-        interrupted = True
+        take_turns(contestants, turns, problems, depths, args, status)
 
-    found["copy"] = copy_bandwidth()  # last, as in decode.py
     rows = rows_of(turns)
-    for contestant in contestants:
-        notes += contestant.notes
-    notes += decode.agreement(
+    frame.notes += [*notes, *(note for contestant in contestants for note in contestant.notes)]
+    frame.notes += decode.agreement(
         [decode.Run(t.depth, t.by, t.fill, tokens=t.tokens) for t in turns if t.number and t.tokens]
     )
     if any(turn.fill == "random" for turn in turns):
-        notes.append("context by random: no prompt was read, rows drawn at random stand in the cache")
-    if interrupted:
-        notes.append("interrupted: this is what was measured until then")
-    _print(subject, [*describe(found), describe_parity(parity_found)], args, rows, problems, notes)
+        frame.notes.append("context by random: no prompt was read, rows drawn at random stand in the cache")
     report = {
-        "script": "compare",
-        "conditions": found,
-        "parity": parity_found,
-        "model": subject.as_dict(),
         "rounds": args.rounds,
         "tokens_a_round": args.count,
         "warm_up_tokens": WARM_UP,
         "contestants": {c.name: c.details for c in contestants},
         "problems": problems,
-        "interrupted": interrupted,
-        "notes": notes,
         "rows": rows,
         "turns": [asdict(turn) for turn in turns],
     }
-    script.write_json(path, report)
+    code = frame.finish(
+        [
+            f"greedy, {args.rounds} rounds of {args.count} tokens after {WARM_UP} of warm-up; a ratio above 1: ours is "
+            "faster"
+        ],
+        [_table(rows), *([_left_out(problems)] if problems else [])],
+        report,
+    )
     if args.plot is not None and rows:
-        plot.draw(args.plot, "\n".join([f"{subject.name} ({subject.mix})", *_machine(found)]), rows)
+        plot.draw(args.plot, "\n".join([f"{subject.name} ({subject.mix})", *_machine(frame.conditions)]), rows)
         script.NOTES.print(f"speed against depth: {shown(args.plot)}", style="dim", markup=False)
-    return 130 if interrupted else 0
+    return code
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -158,30 +153,30 @@ def take_turns(
     problems: list[dict[str, Any]],
     depths: Sequence[int],
     args: argparse.Namespace,
+    status: Status,
 ) -> None:
     """Append turns as they are taken. Who fails at a depth is left out there, and at all greater ones."""
     ends = {contestant.name: depths[-1] for contestant in contestants}
-    with script.NOTES.status("measuring") as status:
-        for number in range(args.rounds + 1):
-            order = contestants[:: 1 if number % 2 else -1]
-            for depth, contestant in [(d, c) for d in depths for c in order]:
-                fill = decode.fill_of(depth, args.fill)
-                is_warm_up = number == 0
-                if depth > ends[contestant.name] or (
-                    is_warm_up and (contestant.warms_up_itself or fill != "prefill" or depth < 2)
-                ):
-                    continue
-                status.update(f"round {number} of {args.rounds}, depth {depth:,}, {contestant.name}")
-                turn = Turn(number, depth, contestant.name, fill)
-                turns.append(turn)
-                try:
-                    contestant.measure(turn, 0 if is_warm_up else args.count)
-                except Exception as error:
-                    if contestant.name == OURS and not script.is_out_of_memory(error):
-                        raise
-                    problems.append({"by": contestant.name, "depth": depth, "why": _why(error)})
-                    ends[contestant.name] = depth - 1
-                mx.clear_cache()  # nobody lives on what another one left
+    for number in range(args.rounds + 1):
+        order = contestants[:: 1 if number % 2 else -1]
+        for depth, contestant in [(d, c) for d in depths for c in order]:
+            fill = decode.fill_of(depth, args.fill)
+            is_warm_up = number == 0
+            if depth > ends[contestant.name] or (
+                is_warm_up and (contestant.warms_up_itself or fill != "prefill" or depth < 2)
+            ):
+                continue
+            status.update(f"round {number} of {args.rounds}, depth {depth:,}, {contestant.name}")
+            turn = Turn(number, depth, contestant.name, fill)
+            turns.append(turn)
+            try:
+                contestant.measure(turn, 0 if is_warm_up else args.count)
+            except Exception as error:
+                if contestant.name == OURS and not is_out_of_memory(error):
+                    raise
+                problems.append({"by": contestant.name, "depth": depth, "why": _why(error)})
+                ends[contestant.name] = depth - 1
+            mx.clear_cache()  # nobody lives on what another one left
 
 
 def _why(error: Exception) -> str:
@@ -189,7 +184,7 @@ def _why(error: Exception) -> str:
     if isinstance(error, UnavailableError):
         return str(error)
     lines = str(error).strip().splitlines() or [""]
-    if script.is_out_of_memory(error):
+    if is_out_of_memory(error):
         return f"out of memory: {shown(lines[0], 200)}"
     return f"failed: {type(error).__name__}: {shown(lines[0], 200)}"
 
@@ -252,20 +247,7 @@ def _machine(found: dict[str, Any]) -> list[str]:
     ]
 
 
-def _print(
-    subject: Subject,
-    conditions_found: Sequence[str],
-    args: argparse.Namespace,
-    rows: Sequence[dict[str, Any]],
-    problems: Sequence[dict[str, Any]],
-    notes: Sequence[str],
-) -> None:
-    lines = [
-        subject.describe(),
-        *conditions_found,
-        f"greedy, {args.rounds} rounds of {args.count} tokens after {WARM_UP} of warm-up; a ratio above 1: ours is "
-        "faster",
-    ]
+def _table(rows: Sequence[dict[str, Any]]) -> Table:
     table = script.table("compare", COLUMNS, words=2)
     table.columns[0].justify = "right"
     for row in rows:
@@ -290,11 +272,15 @@ def _print(
             f"{median(ratios):.2f}" if ratios else "-",
             f"{min(ratios):.2f}-{max(ratios):.2f}" if ratios else "-",
         )
+    return table
+
+
+def _left_out(problems: Sequence[dict[str, Any]]) -> Table:
     left_out = script.table("not measured", ("depth", "by", "why"), words=3)
     for problem in problems:
         where = "all" if problem["depth"] is None else f"from {problem['depth']:,}"
         left_out.add_row(where, problem["by"], escape(problem["why"]))
-    script.show(lines, [table, left_out] if problems else [table], notes)
+    return left_out
 
 
 if __name__ == "__main__":

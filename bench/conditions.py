@@ -73,7 +73,8 @@ QUOTED: dict[tuple[str, int | None], tuple[float, str]] = {
 def conditions(copy: bool = True) -> dict[str, Any]:
     """Machine, system, power, versions, commit and memory bandwidth, as JSON can hold them.
 
-    What can't be found out is None. Measuring the bandwidth takes a second or two; without `copy` the caller adds it.
+    What can't be found out is None. Measuring the bandwidth takes a second or two, and uses `gpu_time`; without `copy`
+    the caller adds it.
     """
     info = mx.device_info()
     chip = str(info.get("device_name", platform.processor() or platform.machine()))
@@ -107,6 +108,7 @@ def conditions(copy: bool = True) -> dict[str, Any]:
         "source_sha256": source_hash(),
         "own_launch_shapes": _quietly(lambda: user_file().read_text(errors="replace")),
         "mlx_environment": _mlx_environment(),
+        "gpu_time": "CUPTI, through PyTorch's profiler" if gpu_time.available() else None,
         "copy": copy_bandwidth() if copy else None,
         "quoted_gb_s": quoted[0] if quoted else None,
         "quoted_by": quoted[1] if quoted else None,
@@ -124,13 +126,17 @@ def describe(found: dict[str, Any]) -> list[str]:
     quoted = f"; {found['quoted_gb_s']:,.0f} GB/s by {found['quoted_by']}" if found["quoted_gb_s"] else ""
     power = ", ".join(str(found[key]) for key in ("power_source", "power_mode") if found[key]) or "unknown"
     copy = found["copy"]
+    measured = (
+        f"{copy['gb_s']:,.1f} GB/s, measured by copies of {decimal(copy['bytes'])} there ({copy['by']})"
+        if copy
+        else "not measured"
+    )
     return [
         f"{found['chip']}{cores} ({found['back_end']}), {found['cpu_cores']} CPU cores, "
         f"{decimal(found['memory_bytes'])} memory, {found['os']}, power: {power}",
         f"glm-mlx {found['glm_mlx']} at {found['commit'] or 'source ' + found['source_sha256']}, MLX {found['mlx']}, "
         f"Python {found['python']}",
-        f"memory bandwidth {copy['gb_s']:,.1f} GB/s, measured by copies of {decimal(copy['bytes'])} there "
-        f"({copy['by']}){quoted}",
+        f"memory bandwidth {measured}{quoted}",
     ]
 
 
@@ -141,11 +147,12 @@ def back_end() -> str:
     return "metal" if mx.metal.is_available() else "cuda"
 
 
-def copy_bandwidth() -> dict[str, Any]:
+def copy_bandwidth() -> dict[str, Any] | None:
     """Bytes read and written a second by a device that copies: {"gb_s", "bytes" of a copy, "seconds" by copies, "by"}.
 
     A copy is an elementwise operation that reads every word of one buffer and writes every word of another. Where the
-    GPU tells what it was busy with, its own time counts, as it does for launches.
+    GPU tells what it was busy with, its own time counts, as it does for launches. None where memory is too short
+    for a copy, or the machine so busy that more of them took no longer.
     """
     mx.clear_cache()  # what MLX keeps for itself is memory that seems not to be there
     most, rounds = (32 << 20, 3) if back_end() == "cpu" else (256 << 20, 10)
@@ -173,6 +180,8 @@ def copy_bandwidth() -> dict[str, Any]:
         samples = {n: [seconds(n) for _ in range(rounds)] for n in COPIES}
     few, many = (summarize(samples[copies]).median for copies in COPIES)
     moved = (COPIES[1] - COPIES[0]) * 2 * source.nbytes
+    if not moved or many <= few:
+        return None
     return {
         "gb_s": moved / (many - few) / 1e9,
         "bytes": source.nbytes,

@@ -6,11 +6,13 @@ examples:
   python bench/decode.py --synthetic                        real shapes, random weights of the real types, no file
   python bench/decode.py --synthetic --layers 4 --mix q4_k_m --depths 0,4k --fill random
 
-Greedy, through the same engine as `generate`; prompts are seeded random token ids. The first tokens after a prompt are
-warm-up: shown, but in no median. A depth is the number of tokens before the first decoded one (0: a prompt of one).
-"read a token" is what the launched code reads: the chosen experts, one row of the embedding, all other weights and the
-rows of the cache; "of copy" is the share of what a copy on this device moves. Without --fill, the context is a real
-prompt up to 4,096 tokens (512 on a CPU) and random rows in the cache beyond, which decode at the same speed.
+Greedy, through the same engine as `generate`; prompts are seeded random token ids. Round 0 reads each prompt once to
+warm up ("cold"); that and the first tokens after a prompt are shown, but in no median. A depth is the number of tokens
+before the first decoded one (0: a prompt of one). "read a token" is bytes of the weights and cached rows that a token
+needs, each once: the chosen experts, one row of the embedding, all other weights and the rows of the cache. Tests hold
+what our kernels fetch to that; MLX's operations may read more. "of copy" is the share of what a copy on this device
+moves. Without --fill, the context is a real prompt up to 4,096 tokens (512 on a CPU) and random rows in the cache
+beyond, which decode at the same speed.
 """
 
 import argparse
@@ -26,30 +28,39 @@ if __name__ == "__main__":  # the repository instead of this folder, whose names
 
 import numpy as np
 from rich.filesize import decimal
+from rich.status import Status
+from rich.table import Table
 
 from bench import script, synthetic
-from bench.conditions import back_end, conditions, copy_bandwidth, describe, describe_parity, parity
+from bench.conditions import back_end
+from bench.frame import Frame
 from bench.launches import decode_step, launches
 from bench.subject import PATHS, Subject, add_arguments, add_paths, open_subject, usable_depths, usable_paths
 from bench.timing import summarize
 from glm_mlx.engine import Engine
+from glm_mlx.errors import is_out_of_memory
 from glm_mlx.model import Model, decode_bytes
 from glm_mlx.sampling import SamplingParams
 
 WARM_UP = 5  # tokens
 COLUMNS = (
-    "depth", "path", "context\nby", "first\ntoken s", "prefill\ntok/s", "warm-up\nms", "decode\nms", "p10-p90\nms",
-    "IQR\nms", "MAD\nms", "\ncount", "decode\ntok/s", "read a\ntoken", "\nGB/s", "of\ncopy", "peak\nmemory",
+    "depth", "path", "context\nby", "cold first\ntoken s", "first\ntoken s", "prefill\ntok/s", "warm-up\nms",
+    "decode\nms", "p10-p90\nms", "IQR\nms", "MAD\nms", "\ncount", "decode\ntok/s", "read a\ntoken", "\nGB/s",
+    "of\ncopy", "peak\nmemory",
 )  # fmt: skip
 
 
 @dataclass
 class Run:
-    """One prompt and the tokens after it; times in seconds. Without a real prompt, prefill_tok_s is None."""
+    """One prompt and the tokens after it; times in seconds. Without a real prompt, prefill_tok_s is None.
+
+    number: of the round; 0 reads a prompt to warm up and counts in no figure.
+    """
 
     depth: int
     path: str
     fill: str
+    number: int = 1
     time_to_first_token: float | None = None
     prefill_tok_s: float | None = None
     seconds: list[float] = field(default_factory=list)  # of every decoded token, warm-up first
@@ -69,43 +80,32 @@ def main(argv: list[str] | None = None) -> int:
     subject = open_subject(args)
     tokens = WARM_UP + args.count + 2  # the first comes from the prompt, beside the last no next one is computed
     depths, notes = usable_depths(subject, args.depths, tokens)
-    found, parity_found = conditions(copy=False), parity(subject.model)
+    frame = Frame("decode", path, subject)
+    frame.notes += notes
 
     runs: list[Run] = []
     counted: dict[str, dict[str, int]] = {}
-    interrupted = False
-    try:
+    with frame.measuring() as status:
         for name in paths:
             with PATHS[name]():
                 counted[name] = dict(decode_step(subject.model))
-        notes += measure_all(subject.model, runs, args, paths, depths, tokens)
-    except KeyboardInterrupt:
-        interrupted = True
+        measure_all(subject.model, runs, frame.notes, args, paths, depths, tokens, status)
 
-    found["copy"] = copy_bandwidth()  # after the runs: once CUPTI has timed it, launches may cost the host more
+    cold = [run for run in runs if run.number == 0 and run.tokens]
     runs = [run for run in runs if run.decode]
-    notes += agreement(runs)
+    frame.notes += agreement(runs)
     if any(run.fill == "random" for run in runs):
-        notes.append("context by random: no prompt was read, rows drawn at random stand in the cache")
-    if interrupted:
-        notes.append("interrupted: this is what was measured until then")
-    rows = list(_rows(subject, runs, found["copy"]["gb_s"]))
-    _print(subject, [*describe(found), describe_parity(parity_found)], args, counted, rows, notes)
+        frame.notes.append("context by random: no prompt was read, rows drawn at random stand in the cache")
+    rows = list(_rows(subject, cold, runs, frame))
     report = {
-        "script": "decode",
-        "conditions": found,
-        "parity": parity_found,
-        "model": subject.as_dict(),
         "rounds": args.rounds,
         "warm_up_tokens": WARM_UP,
         "primitives_a_token": counted,
-        "interrupted": interrupted,
-        "notes": notes,
         "rows": rows,
+        "warm_up_prompts": [asdict(run) for run in cold],
         "runs": [asdict(run) for run in runs],
     }
-    script.write_json(path, report)
-    return 130 if interrupted else 0
+    return frame.finish(_lines(subject, args, counted), [_table(rows)], report)
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -127,27 +127,34 @@ def fill_of(depth: int, given: str | None) -> str:
 
 
 def measure_all(
-    model: Model, runs: list[Run], args: argparse.Namespace, paths: list[str], depths: list[int], tokens: int
-) -> list[str]:
-    """Append runs, the paths in turns, and return what could not be measured."""
-    notes, deepest = [], depths[-1]
-    with script.NOTES.status("measuring") as status:
-        for number in range(args.rounds):
-            for depth, path in [(d, p) for d in depths for p in paths[:: 1 if number % 2 == 0 else -1]]:
-                if depth > deepest:
-                    continue
-                status.update(f"round {number + 1} of {args.rounds}, depth {depth:,}, {path}")
-                run = Run(depth, path, fill_of(depth, args.fill))
-                runs.append(run)
-                try:
-                    with PATHS[path]():
-                        measure(model, run, tokens)
-                except (MemoryError, RuntimeError) as error:
-                    if not script.is_out_of_memory(error):
-                        raise
-                    notes.append(f"not measured: depth {depth:,} and more: out of memory by {path}")
-                    deepest = depth - 1
-    return notes
+    model: Model,
+    runs: list[Run],
+    notes: list[str],
+    args: argparse.Namespace,
+    paths: list[str],
+    depths: list[int],
+    tokens: int,
+    status: Status,
+) -> None:
+    """Append runs, the paths in turns, and to `notes` what could not be measured."""
+    deepest = depths[-1]
+    for number in range(args.rounds + 1):
+        for depth, path in [(d, p) for d in depths for p in paths[:: 1 if number % 2 else -1]]:
+            fill = fill_of(depth, args.fill)
+            is_warm_up = number == 0
+            if depth > deepest or (is_warm_up and fill != "prefill"):
+                continue
+            status.update(f"round {number} of {args.rounds}, depth {depth:,}, {path}")
+            run = Run(depth, path, fill, number)
+            runs.append(run)
+            try:
+                with PATHS[path]():
+                    measure(model, run, 1 if is_warm_up else tokens)
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                notes.append(f"not measured: depth {depth:,} and more: out of memory by {path}")
+                deepest = depth - 1
 
 
 def measure(model: Model, run: Run, tokens: int) -> None:
@@ -181,8 +188,9 @@ def agreement(runs: Sequence[Run]) -> Iterator[str]:
             yield f"depth {depth:,}: {' and '.join(sorted(first))} give the same first {same} of {len(pairs)} tokens"
 
 
-def _rows(subject: Subject, runs: Sequence[Run], copy_gb_s: float) -> Iterator[dict[str, Any]]:
-    """A row for each depth and path, over all its runs."""
+def _rows(subject: Subject, cold: Sequence[Run], runs: Sequence[Run], frame: Frame) -> Iterator[dict[str, Any]]:
+    """A row for each depth and path, over all its runs. `cold`: those of round 0."""
+    cold_seconds = {(run.depth, run.path): run.time_to_first_token for run in cold}
     fixed, per_row = decode_bytes(subject.config, subject.weights, subject.model.row_format)
     for depth, path in sorted({(run.depth, run.path) for run in runs}):
         group = [run for run in runs if (run.depth, run.path) == (depth, path)]
@@ -194,13 +202,14 @@ def _rows(subject: Subject, runs: Sequence[Run], copy_gb_s: float) -> Iterator[d
             "depth": depth,
             "path": path,
             "fill": group[0].fill,
+            "cold_time_to_first_token": cold_seconds.get((depth, path)),
             "time_to_first_token": _summary([run.time_to_first_token or 0.0 for run in prefills]),
             "prefill_tok_s": _summary([run.prefill_tok_s or 0.0 for run in prefills if depth > 1]),
             "warm_up_seconds": group[0].seconds[:WARM_UP],
             "decode_seconds": summarize(seconds).as_dict(),
             "bytes_a_token": summarize(nbytes).median,
             "gb_s": summarize(rates).as_dict(),
-            "of_copy": summarize(rates).median / copy_gb_s,
+            "of_copy": frame.of_copy(summarize(rates).median),
             "peak_memory": max(run.peak_memory for run in group),
         }
 
@@ -209,18 +218,9 @@ def _summary(samples: list[float]) -> dict[str, float] | None:
     return summarize(samples).as_dict() if samples else None
 
 
-def _print(
-    subject: Subject,
-    conditions_found: Sequence[str],
-    args: argparse.Namespace,
-    counted: Mapping[str, Mapping[str, int]],
-    rows: Sequence[dict[str, Any]],
-    notes: Sequence[str],
-) -> None:
+def _lines(subject: Subject, args: argparse.Namespace, counted: Mapping[str, Mapping[str, int]]) -> list[str]:
     fixed, per_row = decode_bytes(subject.config, subject.weights, subject.model.row_format)
-    lines = [
-        subject.describe(),
-        *conditions_found,
+    return [
         f"a token reads {decimal(fixed)} of weights and {decimal(per_row)} for each token before it; greedy, "
         f"{args.rounds} rounds of {args.count} tokens after {WARM_UP} of warm-up",
         *(
@@ -228,14 +228,18 @@ def _print(
             for name, counts in counted.items()
         ),
     ]
+
+
+def _table(rows: Sequence[dict[str, Any]]) -> Table:
     table = script.table("decode", COLUMNS, words=0)
     for row in rows:
-        decode, warm = row["decode_seconds"], row["warm_up_seconds"]
+        decode, warm, cold = row["decode_seconds"], row["warm_up_seconds"], row["cold_time_to_first_token"]
         first, prefill = row["time_to_first_token"], row["prefill_tok_s"]
         table.add_row(
             f"{row['depth']:,}",
             row["path"],
             {"prefill": "prompt", "random": "random"}[row["fill"]],
+            f"{cold:.3f}" if cold else "-",
             f"{first['median']:.3f}" if first else "-",
             f"{prefill['median']:,.0f}" if prefill else "-",
             f"{1e3 * warm[0]:.1f} .. {1e3 * warm[-1]:.1f}",
@@ -247,10 +251,10 @@ def _print(
             f"{1 / decode['median']:.1f}",
             decimal(round(row["bytes_a_token"])),
             f"{row['gb_s']['median']:.3g}",
-            f"{row['of_copy']:.1%}",
+            script.share(row["of_copy"]),
             decimal(row["peak_memory"]),
         )
-    script.show(lines, [table], notes)
+    return table
 
 
 if __name__ == "__main__":

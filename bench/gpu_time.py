@@ -1,6 +1,8 @@
 """What an NVIDIA GPU did and for how long, from CUPTI through PyTorch's profiler, where that is installed.
 
 MLX offers no such figure for CUDA, and the clock on the wall shows the host where launches are short and it is slow.
+Once CUPTI was used in a process, launches may cost its host more (suspected, bench/LOG.md): scripts take their times by
+the clock before.
 """
 
 import importlib.util

@@ -18,7 +18,17 @@ from bench.contest import Turn, UnavailableError
 from bench.subject import Subject
 from glm_mlx.gguf import shown
 
-TOLD = ("build_commit", "build_number", "backends", "gpu_info", "cpu_info", "model_type", "n_threads", "flash_attn")
+TOLD = (
+    "build_commit",
+    "build_number",
+    "backends",
+    "gpu_info",
+    "cpu_info",
+    "model_type",
+    "n_threads",
+    "flash_attn",
+    "type_k",
+)
 
 
 class LlamaBench:

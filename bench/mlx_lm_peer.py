@@ -267,7 +267,7 @@ class MlxLm:
 
         Raises UnavailableError where a step computes something else than ours.
         """
-        exact = Model(subject.config, subject.weights, mx.float32)
+        exact = Model(subject.config, dict(subject.weights), mx.float32)  # which may move its weights
         with launcher.avoiding():
             errors = dict(self._step_errors(exact))
         budgets = {step: ROUNDED if step in rounded else EXACT for step in errors}
@@ -348,7 +348,7 @@ def _load(model: Any, held: Mapping[str, Held]) -> None:
             return False
         return {"group_size": GROUP, "bits": kept.bits}
 
-    nn.quantize(model, class_predicate=quantisation)
+    nn.quantize(model, class_predicate=quantisation)  # type: ignore[attr-defined]
     arrays = [
         (path if path.endswith("e_score_correction_bias") else f"{path}.{part}", array)
         for path, kept in modules.items()

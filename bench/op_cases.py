@@ -290,7 +290,7 @@ def _qmv_case(matrices: _Matrices, quant: str, dtype: mx.Dtype, sizes: Sizes) ->
         return [w.matmul(normed) if residual is None else w.matmul(normed) + residual for w in own[i]]
 
     with_ = [word for word, fused in (("norm", norms[0]), ("residual", residual)) if fused is not None]
-    extra = [array for array in (norms[0] and norms[0].weight, residual) if array is not None]
+    extra = [array for array in (None if norms[0] is None else norms[0].weight, residual) if array is not None]
     return Case(
         "qmv",
         f"{matrices.name}: {cols} -> {' + '.join(map(str, rows))}{''.join(f', {word}' for word in with_)}",

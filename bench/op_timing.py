@@ -109,7 +109,7 @@ def relative_error(got: mx.array, truth: mx.array) -> float:
     return float(difference.square().mean().sqrt() / truth.square().mean().sqrt())
 
 
-class _Timer:
+class Timer:
     """A contestant that gave the right result, and the set that its next launch takes."""
 
     def __init__(self, case: Case, contestant: Contestant, link: Link, row: Row):
@@ -167,8 +167,18 @@ def compile_first(run: Callable[[], object]) -> None:
 
 
 def measure(case: Case, link: Link, rounds: int, rows: list[Row]) -> None:
-    """Append a row for each contestant and fill them in turns: what is there when Ctrl-C comes is good."""
-    timers: list[_Timer] = []
+    """`measure_wall`, and where the GPU tells its own time `measure_gpu`."""
+    timers = measure_wall(case, link, rounds, rows)
+    if gpu_time.available():
+        measure_gpu(timers, rounds)
+
+
+def measure_wall(case: Case, link: Link, rounds: int, rows: list[Row]) -> list[Timer]:
+    """Append a row for each contestant and fill them in turns: what is there when Ctrl-C comes is good.
+
+    Returns what times those that gave the right result.
+    """
+    timers: list[Timer] = []
     truth: mx.array | None = None
     for name, contestant in case.contestants.items():
         row = Row(case, name)
@@ -189,13 +199,17 @@ def measure(case: Case, link: Link, rounds: int, rows: list[Row]) -> None:
             row.problem = f"wrong result, off by {row.error:.2g}"
             continue
         row.nbytes = contestant.nbytes + case.other_nbytes + case.x.nbytes + sum(y.nbytes for y in results)
-        timers.append(_Timer(case, contestant, link, row))
+        timers.append(Timer(case, contestant, link, row))
     for timer in timers:
         timer.warm_up()
     for number in range(rounds):
         for timer in timers if number % 2 == 0 else timers[::-1]:
             timer.sample()
-    if gpu_time.available():
-        for _ in range(min(rounds, GPU_ROUNDS)):
-            for timer in timers:
-                timer.sample_gpu()
+    return timers
+
+
+def measure_gpu(timers: Sequence[Timer], rounds: int) -> None:
+    """The GPU's own time, in turns; see `gpu_time` for what comes before it."""
+    for _ in range(min(rounds, GPU_ROUNDS)):
+        for timer in timers:
+            timer.sample_gpu()

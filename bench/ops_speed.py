@@ -19,11 +19,13 @@ if __name__ == "__main__":  # the repository instead of this folder, whose names
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import mlx.core as mx
+from rich.table import Table
 
 from bench import gpu_time, op_cases, script
-from bench.conditions import back_end, conditions, describe, describe_parity, parity_state
+from bench.conditions import back_end, parity_state
+from bench.frame import Frame
 from bench.op_cases import OPS, WITHOUT_QUANT
-from bench.op_timing import LAUNCHES, Link, Row, measure
+from bench.op_timing import LAUNCHES, Link, Row, Timer, measure_gpu, measure_wall
 from bench.timing import summarize
 from glm_mlx.model import activation_dtype
 from kernels.planes import QUANT_TYPES
@@ -55,51 +57,46 @@ def main(argv: list[str] | None = None) -> int:
     dtype = DTYPES[args.dtype] if args.dtype else activation_dtype()
     rounds = args.rounds or (5 if on_cpu else 30)
 
-    found = conditions() | {"gpu_time": "CUPTI, through PyTorch's profiler" if gpu_time.available() else None}
+    frame = Frame("ops_speed", path)
     rows: list[Row] = []
     tiny: dict[mx.Dtype, float] = {}
-    interrupted = False
-    try:
-        with script.NOTES.status("measuring") as status:
-            for op in args.op:
-                for quant in args.quant[:1] if op in WITHOUT_QUANT else args.quant:
-                    for case in OPS[op](quant, dtype, sizes):
-                        status.update(f"{op}: {case.what}")
-                        link, tiny[case.dtype] = Link.long_enough(case.x.dtype, case.x.size)
-                        measure(case, link, rounds, rows)
-                mx.clear_cache()
-    except KeyboardInterrupt:
-        interrupted = True
+    with frame.measuring() as status:
+        timers: list[list[Timer]] = []
+        for op in args.op:
+            for quant in args.quant[:1] if op in WITHOUT_QUANT else args.quant:
+                for case in OPS[op](quant, dtype, sizes):
+                    status.update(f"{op}: {case.what}")
+                    link, tiny[case.dtype] = Link.long_enough(case.x.dtype, case.x.size)
+                    timers.append(measure_wall(case, link, rounds, rows))
+            mx.clear_cache()
+        status.update("GPU time")
+        for of_case in timers if gpu_time.available() else []:
+            measure_gpu(of_case, rounds)
 
     rows = [row for row in rows if row.chain or row.problem]
     kernels = [row for row in rows if row.by == "kernel"]
-    parity = parity_state(len(kernels), [{"call": _name(row), "error": row.problem} for row in kernels if row.problem])
+    wrong = [{"call": _name(row), "error": row.problem} for row in kernels if row.problem]
+    frame.parity = parity_state(len(kernels), wrong)
     lines = [
-        *describe(found),
-        describe_parity(parity),
         f"activations {', '.join(script.dtype_name(d) for d in tiny)}; a tiny launch that waits for "
         f"another: {', '.join(f'{1e6 * t:.1f}' for t in tiny.values())} µs; medians of up to {rounds} rounds",
     ]
-    _print(lines, rows, found["copy"]["gb_s"], ["interrupted: this is what was measured until then"] * interrupted)
+    frame.notes += [f"{_name(row)}, by {row.by}: {row.problem}" for row in rows if row.problem]
     report = {
-        "script": "ops_speed",
-        "conditions": found,
-        "parity": parity,
         "sizes": vars(sizes),
         "dtype": script.dtype_name(dtype),
         "rounds": rounds,
         "launches_of_a_sample": LAUNCHES,
         "tiny_launch_seconds": {script.dtype_name(d): t for d, t in tiny.items()},
-        "interrupted": interrupted,
         "rows": [_as_json(row) for row in rows],
     }
-    script.write_json(path, report)
-    return 130 if interrupted else 0
+    return frame.finish(lines, _tables(rows, frame), report)
 
 
-def _print(lines: list[str], rows: list[Row], copy_gb_s: float, notes: list[str]) -> None:
+def _tables(rows: list[Row], frame: Frame) -> list[Table]:
+    """One for each op."""
     twins = {id(row.case): _launch_seconds(row) for row in rows if row.by == "twin" and row.chain}
-    tables = []
+    tables: list[Table] = []
     last = None
     for row in rows:
         case = row.case
@@ -109,7 +106,6 @@ def _print(lines: list[str], rows: list[Row], copy_gb_s: float, notes: list[str]
         last = case
         if row.problem:
             tables[-1].add_row(*name, row.by)
-            notes.append(f"{_name(row)}, by {row.by}: {row.problem}")
             continue
         chain, independent = summarize(row.chain), summarize(row.independent)
         each = _launch_seconds(row)
@@ -125,12 +121,12 @@ def _print(lines: list[str], rows: list[Row], copy_gb_s: float, notes: list[str]
             f"{chain.count}",
             f"{1e6 * each:.2f}" if row.gpu else "-",
             f"{gb_s:.1f}",
-            f"{gb_s / copy_gb_s:.1%}",
+            script.share(frame.of_copy(gb_s)),
             f"{case.flops / each / 1e9:.1f}" if case.flops else "-",
             f"{twins[id(case)] / each:.2f} x" if id(case) in twins else "-",
             f"{1e6 * independent.median:.2f}",
         )
-    script.show(lines, tables, notes)
+    return tables
 
 
 def _name(row: Row) -> str:

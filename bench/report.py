@@ -34,9 +34,14 @@ RESULTS, README = ROOT / "bench" / "results", ROOT / "README.md"
 BEGIN = "<!-- results: made by `python bench/report.py`, not by hand -->"
 END = "<!-- end of results -->"
 LEGEND = (
-    "Medians, p10 to p90 in brackets. *context*: tokens before the first decoded one. *of copy*: bytes that the\n"
-    "launched code reads, as a share of what a copy on that device moves. *ours is*: how many times as fast as this\n"
-    "row this project is, in the same run. Every sample is in the file."
+    "*context*: tokens before the first decoded one. *speed*: the median, p10 to p90 in brackets; of an op the\n"
+    "medians of its shapes, from the fastest to the slowest. *GB/s*: bytes of the weights and cached rows that a\n"
+    "token (a block, a launch) needs, each once, by the GPU's own time where that is known. Tests hold what our\n"
+    "kernels fetch to these bytes (*weights fetched*, above); MLX's operations may read more. *of copy*: as a share\n"
+    "of what a copy on that device moves. *ours is*: how many times as fast as this row this project is, in the\n"
+    "same run, the least and the most of its rounds in brackets; of an op from the least to the most of its shapes.\n"
+    "*ours then*: how fast this project was in that run, where the table shows a later one of it. Every sample is\n"
+    "in the file."
 )
 COLUMNS = ("machine", "what", "context", "by", "speed", "prompt, tok/s", "GB/s, of copy", "ours is", "conditions")
 RIGHT = ("context", "speed", "prompt, tok/s", "GB/s, of copy", "ours is")
@@ -75,7 +80,7 @@ class Report:
             # Of a checkout that is not clean the commit says little, the source all.
             at["commit"] if (at["commit"] or "+")[-1] != "+" else f"source {at['source_sha256']}",
             f"MLX {at['mlx']}",
-            f"copy {at['copy']['gb_s']:,.0f} GB/s{quoted}",
+            f"copy {at['copy']['gb_s']:,.0f} GB/s{quoted}" if at["copy"] else "no copy was timed",
             *power,
             *_parity(self.content),
             _rounds(self.content),
@@ -87,7 +92,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Row:
-    """Of the table, less machine and conditions. context: a depth, or None."""
+    """Of the table, less machine and conditions. context: a depth, or None. ratio: not of our own."""
 
     what: str
     context: int | None
@@ -96,6 +101,11 @@ class Row:
     prompt: str = ""
     share: str = ""
     ratio: str = ""
+
+    def ours_in(self, rows: Sequence["Row"]) -> "Row | None":
+        """Of the rows of the same file, the one that `ratio` is to."""
+        same = (row for row in rows if (row.what, row.context) == (self.what, self.context) and not row.ratio)
+        return next(same, None) if self.ratio else None
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -147,13 +157,13 @@ def read_reports(folder: Path) -> tuple[list[Report], list[str]]:
 def markdown(reports: Sequence[Report]) -> str:
     """The table; one line where nothing was measured."""
     latest: dict[tuple[Any, ...], tuple[Report, Row]] = {}
+    rows_of: dict[Path, list[Row]] = {}
     for report in reports:
         with _as_written_today(report.path):
-            rows = list(SCRIPTS[report.content["script"]](report.content))
-            machine, _ = report.machine, report.told
-        for row in rows:
-            # Rows with a prompt are others than those of random contexts.
-            key = report.content["script"], machine, row.what, row.context, row.by, bool(row.prompt)
+            rows_of[report.path] = list(SCRIPTS[report.content["script"]](report.content))
+            _ = report.told
+        for row in rows_of[report.path]:
+            key = _key(report, row)
             latest.pop(key, None)  # the later one takes its own place
             latest[key] = report, row
     if not latest:
@@ -167,6 +177,9 @@ def markdown(reports: Sequence[Report]) -> str:
     for group in sorted(groups):
         last_what = None
         for number, (report, row) in enumerate(groups[group]):
+            ours = row.ours_in(rows_of[report.path])
+            superseded = ours is not None and latest[_key(report, ours)][0] is not report
+            then = f", ours then {ours.speed.partition(' (')[0]}" if ours and superseded else ""
             cells = [
                 report.machine if report.machine != last_machine else "",
                 row.what if row.what != last_what else "",
@@ -175,12 +188,17 @@ def markdown(reports: Sequence[Report]) -> str:
                 row.speed,
                 row.prompt,
                 row.share,
-                row.ratio,
+                row.ratio + then,
                 report.told if number == 0 else "",
             ]
             lines.append(_line(cells))
             last_machine, last_what = report.machine, row.what
     return "\n".join([*lines, "", LEGEND])
+
+
+def _key(report: Report, row: Row) -> tuple[Any, ...]:
+    """What a later row of the same replaces. Rows with a prompt are others than those of random contexts."""
+    return report.content["script"], report.machine, row.what, row.context, row.by, bool(row.prompt)
 
 
 @contextmanager
@@ -208,20 +226,22 @@ def _decode(content: Mapping[str, Any]) -> Iterator[Row]:
         ratio = ""
         if row["path"] != "kernels" and row["depth"] in kernels:
             ratio = f"{row['decode_seconds']['median'] / kernels[row['depth']]:.2f} x"
-        share = f"{row['gb_s']['median']:,.0f}, {row['of_copy']:.1%}"
+        share = _share(f"{row['gb_s']['median']:,.0f}", row["of_copy"])
         yield Row(_model(content), row["depth"], PATHS[row["path"]], _speed(row), _prompt(row), share, ratio)
 
 
 def _compare(content: Mapping[str, Any]) -> Iterator[Row]:
     for row in content["rows"]:
         details = content["contestants"][row["by"]]
-        version = " ".join(str(details[key]) for key in ("version", "build_commit") if key in details)
+        by = " ".join([row["by"], *(str(details[key]) for key in ("version", "build_commit") if key in details)])
+        if content["model"].get("cache") == "8-bit" and "activations" in details:
+            by += f", cache {details['activations']}"  # whose type mlx-lm's always is
         ratio = ""
         if ratios := row["decode_ratios"]:
             ratio = f"{median(ratios):.2f} x ({min(ratios):.2f}-{max(ratios):.2f})"
             if row["prefill_ratios"]:
                 ratio += f", prompt {median(row['prefill_ratios']):.2f} x"
-        yield Row(_model(content), row["depth"], f"{row['by']} {version}".strip(), _speed(row), _prompt(row), "", ratio)
+        yield Row(_model(content), row["depth"], by, _speed(row), _prompt(row), "", ratio)
 
 
 def _block(content: Mapping[str, Any]) -> Iterator[Row]:
@@ -235,7 +255,7 @@ def _block(content: Mapping[str, Any]) -> Iterator[Row]:
         ratio = ""
         if row["path"] != "kernels" and row["depth"] in kernels:
             ratio = f"{row['seconds']['median'] / kernels[row['depth']]:.2f} x"
-        share = f"{row['gb_s']:,.0f}, {row['of_copy']:.1%}"
+        share = _share(f"{row['gb_s']:,.0f}", row["of_copy"])
         yield Row(f"an MoE block of {_model(content)}", row["depth"], PATHS[row["path"]], speed, "", share, ratio)
 
 
@@ -247,7 +267,7 @@ def _ops(content: Mapping[str, Any]) -> Iterator[Row]:
             seconds = (row["summary"].get("gpu") or row["summary"]["chain"])["median"]
             ways = groups.setdefault((row["op"], row["type"], row["dtype"]), {})
             ways.setdefault(row["by"], {})[row["shape"]] = seconds, row["bytes"]
-    copy = content["conditions"]["copy"]["gb_s"]
+    copy = content["conditions"]["copy"]
     for (op, kind, dtype), ways in groups.items():
         kernel = ways.get("kernel", {})
         for by in sorted(ways, key=list(WAYS).index):
@@ -260,7 +280,7 @@ def _ops(content: Mapping[str, Any]) -> Iterator[Row]:
                 WAYS[by],
                 f"{_range([1e6 * seconds for seconds, _ in found.values()], '.1f')} µs a launch",
                 "",
-                f"{_range(rates, ',.0f')}, {_range([rate / copy for rate in rates], '.1%')}",
+                _share(_range(rates, ",.0f"), *([rate / copy["gb_s"] for rate in rates] if copy else [None])),
                 f"{_range(ratios, '.2f')} x" if ratios else "",
             )
 
@@ -271,6 +291,12 @@ SCRIPTS: dict[str, Callable[[Mapping[str, Any]], Iterator[Row]]] = {
     "block": _block,
     "ops_speed": _ops,
 }
+
+
+def _share(gb_s: str, *of_copy: float | None) -> str:
+    """Beside a speed its share of a copy's, where that is known."""
+    known = [share for share in of_copy if share is not None]
+    return f"{gb_s}, {_range(known, '.1%')}" if known else gb_s
 
 
 def _model(content: Mapping[str, Any]) -> str:

@@ -17,8 +17,9 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from glm_mlx import command
-from glm_mlx.errors import InputError
+from glm_mlx.errors import InputError, is_out_of_memory
 from glm_mlx.gguf import shown
+from kernels.cache_folder import cache_folder
 from kernels.launcher import KernelRefusedError
 from kernels.shapes import user_file
 
@@ -78,9 +79,8 @@ def dtype_name(dtype: mx.Dtype) -> str:
 def results_file(name: str, given: Path | None) -> Path:
     """Where the JSON of a run goes. Raises InputError now, and not after the run, where that can't be written."""
     if given is None:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         stamp = datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%S")
-        given = cache / "glm-mlx" / "bench" / f"{name}-{stamp}-{os.getpid()}.json"
+        given = cache_folder() / "bench" / f"{name}-{stamp}-{os.getpid()}.json"
         with suppress(OSError):
             given.parent.mkdir(parents=True, exist_ok=True)
     if given.is_dir() or not os.access(given if given.exists() else given.parent, os.W_OK):
@@ -100,6 +100,11 @@ def table(title: str, columns: Sequence[str], words: int = 1) -> Table:
     for i, name in enumerate(columns):
         made.add_column(name, justify="left" if i < words else "right", no_wrap=True)
     return made
+
+
+def share(part: float | None) -> str:
+    """In a table."""
+    return "-" if part is None else f"{part:.1%}"
 
 
 def show(lines: Sequence[str], tables: Sequence[Table], notes: Sequence[str] = ()) -> None:
@@ -131,9 +136,3 @@ def run(work: Callable[[], int]) -> int:
             raise InputError(f"{error}; mend the launch shapes in {user_file()}") from None
 
     return command.run(measured)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(words in str(error) for words in ("allocate", "out of memory"))
-    )

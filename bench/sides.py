@@ -41,23 +41,24 @@ def opened(given: Sequence[str], measure: str) -> Iterator[list[Side]]:
 
 
 def _side(text: str, measure: str, folder: Path, stack: ExitStack) -> Side:
-    if text.lstrip().startswith("-"):
-        return Side(text.strip(), options=tuple(shlex.split(text)))
-    if text.split() and all(re.match(r"[A-Za-z_]\w*=", word) for word in shlex.split(text)):
-        return Side(text, environment=dict(word.split("=", 1) for word in shlex.split(text)))
-    if text.endswith(".json"):
-        try:
-            return with_table(text, shapes.read(Path(text)), folder)
-        except (OSError, ValueError) as error:
-            why = error.strerror if isinstance(error, OSError) else error
-            raise InputError(f"cannot use the launch shapes of {shown(text)}: {why}") from None
     tree, name = Path(text).resolve(), text
-    if not (tree / "bench").is_dir():
+    if not os.path.isdir(tree / "bench"):  # unlike the path's own, it takes a text that could be none
+        words, why = _words(text)
+        if words and text.lstrip().startswith("-"):
+            return Side(text.strip(), options=tuple(words))
+        if words and all(re.match(r"[A-Za-z_]\w*=", word) for word in words):
+            return Side(text, environment=dict(word.split("=", 1) for word in words))
+        if text.endswith(".json"):
+            try:
+                return with_table(text, shapes.read(Path(text)), folder)
+            except (OSError, ValueError) as error:
+                reason = error.strerror if isinstance(error, OSError) else error
+                raise InputError(f"cannot use the launch shapes of {shown(text)}: {reason}") from None
         commit = _git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{text}^{{commit}}")
         if commit is None:
             raise InputError(
                 f"{shown(text)!r} is no commit here, no folder of this project, no table of launch shapes (.json), no "
-                f"NAME=VALUE and no option of {measure}.py"
+                f"NAME=VALUE and no option of {measure}.py{why}"
             )
         tree, name = folder, commit[:10] if commit.startswith(text) else f"{text} ({commit[:10]})"
         if _git("worktree", "add", "--detach", "--quiet", str(tree), commit) is None:
@@ -68,12 +69,20 @@ def _side(text: str, measure: str, folder: Path, stack: ExitStack) -> Side:
     return Side(name, tree)
 
 
+def _words(text: str) -> tuple[list[str], str]:
+    """As a shell would split it; else none, and why not, for the end of a line."""
+    try:
+        return shlex.split(text), ""
+    except ValueError as error:
+        return [], f" ({str(error).lower()})"
+
+
 def with_table(name: str, table: shapes.Table, folder: Path) -> Side:
     """These files with a table in the place of the user's own. `folder` becomes their cache folder."""
     environment = {"XDG_CACHE_HOME": str(folder)}
-    if "HF_HOME" not in os.environ:  # models of the hub stay where they are
-        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        environment["HF_HOME"] = str(Path(cache) / "huggingface")
+    if "HF_HOME" not in os.environ:  # models of the hub stay where they are, by its own rule
+        cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+        environment["HF_HOME"] = os.path.expanduser(os.path.join(cache, "huggingface"))
     shapes.write(folder / "glm-mlx" / shapes.user_file().name, table)
     return Side(name, environment=environment)
 

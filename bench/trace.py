@@ -33,12 +33,13 @@ from rich.table import Table
 
 from bench import commits, gpu_time, script, synthetic
 from bench.calls import Call, Entries, Entry, Place, record, time_calls
-from bench.conditions import back_end, conditions, describe, describe_parity, parity
+from bench.conditions import back_end
+from bench.frame import Frame
 from bench.gpu_time import Timeline
 from bench.launches import decode_step, launches
 from bench.subject import Subject, add_arguments, open_subject, usable_depths
 from bench.timing import summarize
-from glm_mlx.cache import TracedCache
+from glm_mlx.cache import KvBits, TracedCache
 from glm_mlx.engine import Engine
 from glm_mlx.errors import InputError
 from glm_mlx.model import Model
@@ -102,40 +103,27 @@ def main(argv: list[str] | None = None) -> int:
     subject = open_subject(args)
     args.depth = max(args.depth, 1)  # a prompt has a token
     usable_depths(subject, [args.depth], (1 + len(MODES)) * (WARM_UP + args.count) + 2 * GPU_TOKENS)
-    conditions_found, parity_found = conditions(), parity(subject.model)
+    frame = Frame("trace", path, subject)
 
-    found, interrupted, calls = Found(), False, list[Call]()
-    try:
-        calls = record(subject.model, subject.weights, args.depth)
-    except KernelRefusedError as error:
-        found.notes.append(f"nothing is known of our launches: {error}")
-    try:
-        with script.NOTES.status("measuring"):
-            found.primitives = dict(decode_step(subject.model))
-            measure(subject, found, calls, args)
-    except KeyboardInterrupt:
-        interrupted = True
-        found.notes.append("interrupted: this is what was measured until then")
+    found, calls = Found(notes=frame.notes), list[Call]()
+    with frame.measuring():
+        try:
+            calls = record(subject.model, subject.weights, args.depth)
+        except KernelRefusedError as error:
+            found.notes.append(f"nothing is known of our launches: {error}")
+        found.primitives = dict(decode_step(subject.model))
+        measure(subject, found, calls, args)
 
-    copy_gb_s = conditions_found["copy"]["gb_s"]
-    ops, layers, limit = _op_rows(found, copy_gb_s), _layer_rows(found), limiting(found)
+    ops, layers, limit = _op_rows(found, frame), _layer_rows(found), limiting(found)
+    if limit:
+        found.notes.insert(0, limit["text"])
     by_limits = commit_counts(calls)
     lines = [
-        subject.describe(),
-        *describe(conditions_found),
-        describe_parity(parity_found),
         f"depth {args.depth:,}; greedy; {args.count} tokens after {WARM_UP} of warm-up",
         *_launch_lines(found, calls, by_limits),
     ]
     tables = [_host_table(found), _op_table(found, ops), _layer_table(found, layers, subject)]
-    script.show(
-        lines, [table for table in tables if table.row_count], [*([limit["text"]] if limit else []), *found.notes]
-    )
     report = {
-        "script": "trace",
-        "conditions": conditions_found,
-        "parity": parity_found,
-        "model": subject.as_dict(),
         "depth": args.depth,
         "warm_up_tokens": WARM_UP,
         "limit": limit,
@@ -146,15 +134,12 @@ def main(argv: list[str] | None = None) -> int:
         "gpu_busy_seconds_a_token": found.busy_seconds,
         "ops_by": found.by,
         "empty_evaluation_seconds": found.empty_evaluation,
-        "interrupted": interrupted,
-        "notes": found.notes,
         "phases": {mode: asdict(phases) for mode, phases in found.phases.items()},
         "ops": ops,
         "layers": layers,
         "entries": [asdict(entry) for entry in found.entries.values()],
     }
-    script.write_json(path, report)
-    return 130 if interrupted else 0
+    return frame.finish(lines, [table for table in tables if table.row_count], report)
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -359,7 +344,7 @@ def _token_seconds(found: Found, chosen: Sequence[Entry]) -> list[float]:
     return [sum(seconds) for seconds in zip(*(entry.seconds for entry in chosen), strict=False)]
 
 
-def _op_rows(found: Found, copy_gb_s: float) -> list[dict[str, Any]]:
+def _op_rows(found: Found, frame: Frame) -> list[dict[str, Any]]:
     """A row for each op on the same weights of all layers; the slowest first."""
     groups: dict[tuple[str, str, str], list[Entry]] = {}
     for entry in found.entries.values():
@@ -382,7 +367,7 @@ def _op_rows(found: Found, copy_gb_s: float) -> list[dict[str, Any]]:
                 "samples": seconds,
                 "bytes": nbytes,
                 "gb_s": gb_s,
-                "of_copy": gb_s and gb_s / copy_gb_s,
+                "of_copy": gb_s and frame.of_copy(gb_s),
             }
         )
     return sorted(rows, key=lambda row: -row["seconds"]["median"])
@@ -401,7 +386,7 @@ def _op_table(found: Found, rows: Sequence[dict[str, Any]]) -> Table:
             f"{1e6 * row['seconds']['median'] / row['calls']:.1f}" if row["calls"] else "-",
             *_durations(row["samples"], 1e6, whole),
             f"{row['gb_s']:.3g}" if row["gb_s"] else "-",
-            f"{row['of_copy']:.1%}" if row["of_copy"] else "-",
+            script.share(row["of_copy"]),
         )
     return table
 
@@ -458,7 +443,8 @@ def print_source(subject: Subject, wanted: str, depth: int) -> int:
     """On a machine without a GPU: what a Mac would get, with a GPU's type of activations."""
     op, _, weight = wanted.partition(":")
     on_cpu = mx.default_device() == mx.Device(mx.cpu)
-    model = Model(subject.config, subject.weights, mx.bfloat16) if on_cpu else subject.model
+    kv_bits: KvBits = 8 if subject.model.row_format.is_packed else 16
+    model = Model(subject.config, dict(subject.weights), mx.bfloat16, kv_bits) if on_cpu else subject.model
     try:
         seen = [(call, *one) for call in record(model, subject.weights, depth) for one in call.launches]
     except KernelRefusedError as error:

@@ -14,7 +14,8 @@ twin's, or not the same twice, is never timed. What is faster alone is a candida
 and after that the whole model, with and without it, in fresh processes. Options after -- go to both benchmarks.
 
 The table is the user's own, which every run of the product reads; --ship writes to kernels/shapes.json as well, for the
-family of the chip. Where no kernel is launched, there is nothing to tune.
+family of an Apple chip (Apple M3), but for one NVIDIA GPU by its name: those of one architecture differ too much. Where
+no kernel is launched, there is nothing to tune.
 """
 
 import argparse
@@ -250,10 +251,10 @@ def main(argv: list[str] | None = None) -> int:
     table = read_table(shapes.user_file())
     read_table(shapes.SHIPPED)
     judged = read_table(args.judge) if args.judge else {}
-    if args.judge and device[0] not in judged:
-        raise InputError(f"{shown(args.judge)} has no launch shapes for {device[0]}; --candidates makes such a table")
+    if args.judge:
+        judged = to_judge(args.judge, judged, table, device[0])
     if args.candidates:
-        table = read_table(args.candidates) or table
+        table, _ = for_these_texts(read_table(args.candidates) or table, device[0])
     found = conditions()
     script.show(describe(found), [])
     made: dict[str, Any] = {"script": "tune", "device": device, "conditions": found, "ops": {}, "stopped": None}
@@ -266,14 +267,10 @@ def main(argv: list[str] | None = None) -> int:
                 store(judged, device, args.ship)
                 kept["stored"] = True
         for op in [] if args.judge else args.op:
-            cases, notes = search_op(op, args)
-            mx.clear_cache()  # the benchmarks want the memory
-            show_search(op, cases, notes)
-            made["ops"][op] = kept = {"searches": [_as_json(case) for case in cases], "gates": [], "stored": False}
-            new = with_candidates(table, cases, device[0])
+            made["ops"][op] = kept = {"searches": [], "gates": [], "stored": False}
+            new = search_op(op, args, table, device[0], kept["searches"])
             if args.candidates:
                 table = new
-                write_table(args.candidates, table)
             elif new != table and passes(op, table, new, options, args, kept["gates"]):
                 table = new
                 store(table, device, args.ship)
@@ -310,9 +307,31 @@ def _arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     return parser.parse_args(own), argv[len(own) + 1 :]
 
 
-def search_op(op: str, args: argparse.Namespace) -> tuple[list[Found], list[str]]:
-    """The searches of an op's cases, and why others were not made."""
-    found, notes = [], []
+def search_op(
+    op: str, args: argparse.Namespace, table: shapes.Table, device: str, kept: list[dict[str, Any]]
+) -> shapes.Table:
+    """The table with what wins in an op's cases.
+
+    As each search ends, `kept` gets it, and the file of candidates what it found.
+    """
+    cases: list[Found] = []
+    notes: list[str] = []
+    try:
+        for case in searches(op, args, notes):
+            cases.append(case)
+            kept.append(_as_json(case))
+            table = with_candidates(table, [case], device)
+            if args.candidates and table != read_table(args.candidates):
+                write_table(args.candidates, table)
+    finally:
+        mx.clear_cache()  # the benchmarks want the memory
+        if cases or notes:
+            show_search(op, cases, notes)
+    return table
+
+
+def searches(op: str, args: argparse.Namespace, notes: list[str]) -> Iterator[Found]:
+    """The searches of an op's cases, as they end. `notes` gets why others were not made."""
     with script.NOTES.status(f"{op}: making weights") as status:
         for quant in args.quant[:1] if op in op_cases.WITHOUT_QUANT else args.quant:
             for case in op_cases.OPS[op](quant, activation_dtype(), op_cases.GPU):
@@ -323,26 +342,33 @@ def search_op(op: str, args: argparse.Namespace) -> tuple[list[Found], list[str]
                 link, _ = Link.long_enough(case.x.dtype, case.x.size)
                 search = Search(case, link, args.rounds, args.smallest)
                 if search.found.start:
-                    found.append(search.run())
+                    yield search.run()
                 else:
                     notes.append(f"{case.what}: its launch has no parameters that a table may set")
-    return found, notes
 
 
 def passes(
     op: str, old: shapes.Table, new: shapes.Table, options: Sequence[str], args: argparse.Namespace, gates: list[Any]
 ) -> bool:
-    """Whether a block, and after it the whole model, is faster with the new table. `gates` gets what was measured."""
+    """Whether a block, and after it the whole model, is faster with the new table.
+
+    `gates` gets what was measured, without a verdict where an end came on the way.
+    """
     for measured, own in GATES.items():
         with tempfile.TemporaryDirectory(prefix="glm-mlx-tune-") as folder:
             a = with_table("the shapes in use", old, Path(folder) / "a")
             b = with_table(f"tuned shapes of {op}", new, Path(folder) / "b")
             comparison = ab.Comparison(a, b, measured, (*own, *(options or ["--synthetic"])), args.smallest)
-            with script.NOTES.status(f"{op}: {measured}") as status:
-                for text in ab.measure(comparison, args.pairs, args.rest):
-                    status.update(f"{op}, {measured}: {text}")
+            interrupted = True
+            try:
+                with script.NOTES.status(f"{op}: {measured}") as status:
+                    for text in ab.measure(comparison, args.pairs, args.rest):
+                        status.update(f"{op}, {measured}: {text}")
+                interrupted = False
+            finally:
+                no_verdict = {"verdict": None, "kept": None} if interrupted else {}
+                gates.append({**ab.as_json(comparison), **no_verdict, "interrupted": interrupted})
         outcome = ab.Outcome.of(comparison)
-        gates.append(ab.as_json(comparison))
         print(f"{op}, {measured}: {outcome}")
         if args.log:
             ab.add_to_log(ab.log_line(outcome, f"launch shapes of {op}"))
@@ -360,15 +386,57 @@ def with_candidates(table: shapes.Table, cases: Sequence[Found], device: str) ->
 
 
 def store(table: shapes.Table, device: tuple[str, str], ship: bool) -> None:
-    """As the user's own; what it says about this device also in the repository, about its family, if it is to ship."""
+    """As the user's own; what it says about this device also in the repository, if it is to ship.
+
+    There it holds for the device's family, but on NVIDIA for the device alone: an architecture has GPUs with less than
+    half of another's bandwidth, and an entry of the device would go before the family's.
+    """
     write_table(shapes.user_file(), table)
     if ship:
+        name, family = device
+        where = name if family.startswith("NVIDIA ") else family
         shipped = read_table(shapes.SHIPPED)
-        for op, entries in table.get(device[0], {}).items():
+        for op, entries in table.get(name, {}).items():
             for what, entry in entries.items():
-                values: shapes.Entry = {name: value for name, value in entry.items() if name != "text"}
-                shipped = shapes.with_entry(shipped, device[1], op, what, values)
+                if is_for_this_text(op, entry):
+                    values: shapes.Entry = {key: value for key, value in entry.items() if key != "text"}
+                    shipped = shapes.with_entry(shipped, where, op, what, values)
         write_table(shapes.SHIPPED, shipped)
+
+
+def to_judge(path: Path, table: shapes.Table, own: shapes.Table, device: str) -> shapes.Table:
+    """What is to be judged: a run passes over entries for another text of a kernel, so nothing could be said of them.
+
+    `own`: the user's table. Raises InputError where nothing is left that is not in it.
+    """
+    if device not in table:
+        raise InputError(f"{shown(path)} has no launch shapes for {device}; --candidates makes such a table")
+    left, stale = for_these_texts(table, device)
+    if stale:
+        said = f"shapes of {', '.join(sorted(set(stale)))} in {shown(path)} were found for another text of the kernel"
+        if left[device] == for_these_texts(own, device)[0].get(device, {}):
+            raise InputError(f"{said}, and there is nothing else to judge; search anew with --candidates")
+        script.NOTES.print(f"{said} and are left out; search anew with --candidates", markup=False)
+    return left
+
+
+def for_these_texts(table: shapes.Table, device: str) -> tuple[shapes.Table, list[str]]:
+    """The table without a device's entries for other texts of the kernels, and of which op each of these was."""
+    left: dict[str, dict[str, shapes.Entry]] = {}
+    stale = []
+    for op, entries in table.get(device, {}).items():
+        for what, entry in entries.items():
+            if is_for_this_text(op, entry):
+                left.setdefault(op, {})[what] = entry
+            else:
+                stale.append(op)
+    return ({**table, device: left} if stale else table), stale
+
+
+def is_for_this_text(op: str, entry: shapes.Entry) -> bool:
+    """Whether an entry was found for the kernel's text as it is, which a run asks too."""
+    digest = shapes.text_digest(op)
+    return entry.get("text", digest) == digest
 
 
 def read_table(path: Path) -> shapes.Table:

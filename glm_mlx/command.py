@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from glm_mlx.errors import InputError
+from glm_mlx.errors import InputError, is_out_of_memory
 
 
 class Parser(argparse.ArgumentParser):
@@ -52,7 +52,7 @@ def run(work: Callable[[], int]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _error(f"cannot go on: {error}; check the disk that the output goes to")
     except (MemoryError, RuntimeError) as error:
-        if "allocate" not in str(error) and not isinstance(error, MemoryError):
+        if not is_out_of_memory(error):
             raise
         return _error(f"out of memory: {error}; use a shorter prompt, close other programs, or take a smaller file")
 

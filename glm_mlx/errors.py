@@ -1,4 +1,8 @@
-"""The one exception whose text is meant for the person at the terminal."""
+"""The one exception whose text is meant for the person at the terminal, and what tells a full memory."""
+
+import re
+
+NO_MEMORY = re.compile("allocate|out of memory|insufficient memory", re.IGNORECASE)  # as MLX, CUDA and Metal say
 
 
 class InputError(Exception):
@@ -7,3 +11,8 @@ class InputError(Exception):
     `str(error)` is one line: what is wrong, with the value, and after a semicolon what to do.
     The command line prints it after `error: ` and exits with 2; nothing else may reach the user as a traceback.
     """
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether this was raised because there was no memory."""
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(NO_MEMORY.search(str(error))))

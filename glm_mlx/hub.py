@@ -13,6 +13,8 @@ DEFAULT_QUANT = "Q4_0"
 
 def resolve(model: str) -> Path:
     """The file that `--model` means: a path if there is one, else a download (or the cached copy of one)."""
+    if not model:
+        raise InputError("the name of the model is empty; give the path of a .gguf file")
     path = Path(os.path.expanduser(model))  # these two never raise, whatever the name
     if os.path.exists(path) or model.endswith(".gguf") or model.count("/") != 1 or not (name := NAME.match(model)):
         return path

@@ -21,7 +21,7 @@ from kernels.rows import RowFormat
 from kernels.tiles import tiles_shape
 
 LEAST_CONTEXT = 512  # tokens; a machine that has no room for more is too small for the model
-FEW = wide.LEAST_TOKENS - 1  # the most tokens that are computed in the same way on all back ends
+FEW = wide.LEAST_TOKENS - 1  # the most tokens of which all but the experts is computed alike on all back ends
 MOST_KEPT = 256 << 20  # bytes of freed buffers that MLX may always keep for the next operation
 # Bytes beside each value of a weight while it multiplies a prompt: scales and biases in float32 for groups of 32, for
 # Q6_K twice for groups of 16, and all values in float32 for types that MLX's affine form cannot hold. K-quants, IQ4_NL

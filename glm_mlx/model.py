@@ -304,7 +304,7 @@ def activation_dtype() -> mx.Dtype:
 
 
 def decode_bytes(cfg: Config, weights: Mapping[str, Weight], rows: RowFormat) -> tuple[int, int]:
-    """What one decoded token reads: (bytes of weights, bytes more for each token in the context).
+    """What one decoded token needs, each byte once: (bytes of weights, bytes more for each token in the context).
 
     Of the experts K of E are read, of the embedding one row; everything else whole.
     """

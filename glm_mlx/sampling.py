@@ -44,7 +44,7 @@ class SamplingParams:
             self.temperature == 0 or 1e-3 <= self.temperature <= 1e3,
             "0, or 0.001 to 1000",
         )
-        _check("top-k", self.top_k, 0 <= self.top_k < 1 << 31, "0 (off) or more")
+        _check("top-k", self.top_k, 0 <= self.top_k < 1 << 31, "0 (off) to 2**31 - 1")
         _check("top-p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1")
         _check("min-p", self.min_p, 0 <= self.min_p <= 1, "0 to 1")
         _check("repetition-penalty", self.repetition_penalty, 1e-3 <= self.repetition_penalty <= 1e3, "0.001 to 1000")

@@ -12,7 +12,6 @@ takes the process down takes this start with it. What was being checked then cou
 import json
 import os
 import platform
-import re
 import sys
 import time
 from contextlib import suppress
@@ -23,11 +22,11 @@ import mlx.core as mx
 import psutil
 from rich.console import Console
 
-from glm_mlx.errors import InputError
+from glm_mlx.errors import NO_MEMORY, InputError
 from glm_mlx.model import Model
 from glm_mlx.model_cases import chunk_cases, decode_cases, prompt_cases
 from kernels import launcher
-from kernels.cache_folder import cache_folder
+from kernels.cache_folder import cache_folder, write_whole
 from kernels.cases import Case
 from kernels.check import check, machine
 from kernels.compiled import compile_ahead
@@ -35,7 +34,6 @@ from kernels.launcher import KernelRefusedError, Recorded
 
 PATIENCE = 2.5  # seconds, after which calls for several tokens are left to the next start
 DIED = "the program ended while this was checked"
-NO_MEMORY = re.compile("allocate|out of memory|insufficient memory", re.IGNORECASE)
 DOCTOR = "python -m glm_mlx.doctor"
 
 
@@ -149,10 +147,9 @@ class _Memory:
         return error
 
     def _save(self) -> None:
-        new = self.file.with_suffix(f".{os.getpid()}")
+        text = json.dumps({"machine": self.machine, "outcomes": self.outcomes}, indent=1)
         with suppress(OSError):
-            new.write_text(json.dumps({"machine": self.machine, "outcomes": self.outcomes}, indent=1) + "\n")
-            new.replace(self.file)
+            write_whole(self.file, f"{text}\n".encode())
 
 
 def _read(file: Path) -> dict[str, str | None]:

@@ -296,7 +296,7 @@ def _describe(loaded: Loaded, params: SamplingParams) -> None:
         f"loaded in {loaded.seconds:.2f} s\n"
         f"runs on  {mx.default_device()}, activations {str(loaded.model.dtype).removeprefix('mlx.core.')}, "
         f"MLX {version('mlx')}\n"
-        f"a token reads {decimal(fixed)} of weights and {decimal(per_row)} for each token before it\n"
+        f"a token needs {decimal(fixed)} of weights and {decimal(per_row)} for each token before it\n"
         f"sampling temperature {params.temperature:g}, top-k {params.top_k}, top-p {params.top_p:g}, "
         f"min-p {params.min_p:g}, seed {params.seed}",
         soft_wrap=True,

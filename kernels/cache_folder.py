@@ -4,6 +4,7 @@ import hashlib
 import os
 import sys
 import tempfile
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -40,3 +41,16 @@ def compiled_folder() -> Path | None:
     except (OSError, PackageNotFoundError):
         return None
     return folder if os.access(folder, os.W_OK) else None
+
+
+def write_whole(file: Path, content: bytes) -> None:
+    """In one step, as another process may be reading it; makes its folder. Raises OSError, and then leaves nothing."""
+    new = file.with_name(f"{file.name}.{os.getpid()}")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        new.write_bytes(content)
+        new.replace(file)
+    except OSError:
+        with suppress(OSError):
+            new.unlink()
+        raise

@@ -25,6 +25,7 @@ from typing import Any
 import mlx.core as mx
 import psutil
 
+from kernels.cache_folder import write_whole
 from kernels.launcher import Launch, Recorded, architecture
 from kernels.source import source
 
@@ -148,24 +149,11 @@ def _keep(module: Module, nvrtc: ctypes.CDLL, options: Sequence[str]) -> bool:
             return False
         binary, mangled = made
         # First the names: MLX takes a module for whole when its code is there.
-        _write(module.file.with_suffix(".txt"), f"{module.entry}\t{mangled}\n".encode())
-        _write(module.file.with_suffix(".ptx"), binary)
+        write_whole(module.file.with_suffix(".txt"), f"{module.entry}\t{mangled}\n".encode())
+        write_whole(module.file.with_suffix(".ptx"), binary)
     except OSError:
         return False
     return True
-
-
-def _write(file: Path, content: bytes) -> None:
-    """In one step: another process may be reading it."""
-    with tempfile.NamedTemporaryFile("wb", dir=file.parent, delete=False) as new:
-        try:
-            new.write(content)
-            new.flush()
-            Path(new.name).replace(file)
-        except OSError:
-            with suppress(OSError):
-                Path(new.name).unlink()
-            raise
 
 
 def _nvrtc() -> ctypes.CDLL | None:

@@ -10,7 +10,6 @@ An op asks `back_end()`. Without one (a CPU, or kernels switched off) it uses it
 
 import hashlib
 import re
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from typing import Any, TypeAlias, cast
 
 import mlx.core as mx
 
-from kernels.cache_folder import cache_folder
+from kernels.cache_folder import cache_folder, write_whole
 from kernels.planes import QUANT_TYPES, Bundle, QuantizedTensor, QuantType, Weight, planes
 
 HERE = Path(__file__).resolve().parent
@@ -302,10 +301,7 @@ def _included(op: str, text: str) -> str:
         return text
     try:
         if not file.exists() or file.read_bytes() != text.encode():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as new:
-                new.write(text)
-            Path(new.name).replace(file)  # in one step: another process may be reading it
+            write_whole(file, text.encode())
     except OSError:
         return text
     return f'#include "{file}"\n'

@@ -120,11 +120,15 @@ def bundled(weights: Sequence[Weight]) -> tuple[list[Weight], Bundle | None]:
 
     For what one launch reads, or launches that follow each other: every array that a launch gets costs the host half a
     microsecond to one, the more if no launch shortly before it got the same (bench/LOG.md). A weight that is not whole
-    words stays what it is. While this runs the weights stand in memory twice.
+    words stays what it is. While this runs the weights stand in memory twice. Those that stand in one array already, as
+    another model over the same weights has put them, stay there.
     """
     movable = [all(plane.nbytes % 4 == 0 for plane in planes(w)) for w in weights]
     if not any(movable):
         return list(weights), None
+    there = next((w.bundle for w in weights if isinstance(w, QuantizedTensor) and w.bundle), None)
+    if there is not None and all(there.begins(w) for w, moves in zip(weights, movable, strict=True) if moves):
+        return list(weights), there
     parts, begins, end = [], [], 0
     for plane in [plane for w, moves in zip(weights, movable, strict=True) if moves for plane in planes(w)]:
         begins.append(end)

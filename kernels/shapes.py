@@ -1,7 +1,8 @@
 """Launch shapes: how many rows, simdgroups and chunks at once a launch takes, by device, op and what it works on.
 
 The constants of each op's module hold unless a table says better. `bench/tune.py` makes two: shapes.json beside this
-file, for families of chips, and the user's own in their cache folder, which goes first.
+file, for families of Apple's chips and NVIDIA's GPUs by name, and the user's own in their cache folder, which goes
+first.
 
     {"Apple M3": {"experts_down": {"Q4_0 2048x1536": {"ROWS": 4, "DEPTH": 6}}}}
 
@@ -14,7 +15,6 @@ refused by `launcher.prepare`.
 
 import hashlib
 import json
-import os
 import re
 import sys
 from collections.abc import ItemsView, Iterator, Mapping, Sequence
@@ -27,7 +27,7 @@ from typing import Any, TypeAlias
 
 import mlx.core as mx
 
-from kernels.cache_folder import cache_folder
+from kernels.cache_folder import cache_folder, write_whole
 
 HERE = Path(__file__).resolve().parent
 SHIPPED = HERE / "shapes.json"
@@ -124,10 +124,7 @@ def read(path: Path) -> Table:
 
 def write(path: Path, table: Table) -> None:
     """An entry a line, sorted. A reader sees the old table or the new one. Raises OSError."""
-    new = path.with_suffix(f".{os.getpid()}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new.write_text(_text(table, "\n") + "\n")
-    new.replace(path)
+    write_whole(path, (_text(table, "\n") + "\n").encode())
 
 
 def with_entry(table: Table, where: str, op: str, what: str, entry: Entry) -> Table:

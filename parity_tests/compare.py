@@ -1,5 +1,6 @@
 """The product against the reference: every layer is fed the reference's input, so its error is its own."""
 
+import gc
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -152,3 +153,12 @@ def _by_expert(experts: Array, values: Array, num_experts: int) -> Array:
 
 def to_numpy(x: mx.array) -> Array:
     return np.array(x.astype(mx.float32))
+
+
+def memory_held() -> int:
+    """Bytes of MLX's arrays that somebody holds, without what earlier tests left to Python's garbage collector; from
+    here on the peak counts."""
+    gc.collect()
+    mx.synchronize()
+    mx.reset_peak_memory()
+    return mx.get_active_memory()

@@ -35,12 +35,12 @@ WANTED = {"slower": "slower", "same": "no difference"}
 ALIKE = {
     "bench/op_timing.py": """
 GPU_LAUNCHES, SAMPLE_SECONDS = 256, 0.05
-_measure = measure
+_measure = measure_wall
 
-def measure(case, link, rounds, rows):
+def measure_wall(case, link, rounds, rows):
     from dataclasses import replace
 
-    _measure(replace(case, contestants={"kernel": case.contestants["kernel"]}), link, rounds, rows)
+    return _measure(replace(case, contestants={"kernel": case.contestants["kernel"]}), link, rounds, rows)
 """,
     "bench/conditions.py": """
 def copy_bandwidth():

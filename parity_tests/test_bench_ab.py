@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from bench import ab, block, conditions, decode, ops_speed, paired, script, sides
+from bench import ab, block, decode, frame, ops_speed, paired, script, sides
 from bench.sides import Side
 from bench.timing import summarize
 from glm_mlx.errors import InputError
 from kernels import launcher, shapes
+from kernels.cache_folder import cache_folder
 from parity_tests import planted
 
 CONDITIONS = {"chip": "Test chip", "back_end": "cpu"}
@@ -220,8 +222,8 @@ def test_the_log_gets_a_line_for_each_verdict_newest_first(tmp_path: Path, monke
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(conditions, "COPIES", (1, 2))
-    monkeypatch.setattr(conditions, "available_memory", lambda: 1 << 26)
+    copy = {"gb_s": 2.0, "bytes": 1, "seconds": {}, "by": "wall time"}
+    monkeypatch.setattr(frame, "copy_bandwidth", lambda: copy)
     monkeypatch.setattr(block, "BEYOND_CACHES", {"cpu": 1, "gpu": 1})
 
 
@@ -364,8 +366,16 @@ def test_each_side_is_run_as_it_says(git: Git, tmp_path: Path, monkeypatch: pyte
     copy = tmp_path / "copy"
     (copy / "bench").mkdir(parents=True)
     (copy / "bench" / "decode.py").write_text("x = 1")
+    quoted = tmp_path / "it's"
+    quoted.symlink_to(copy)
+    git("branch", "it's")
+    long = f"--model {'x' * 5000}"
     given = ["--mix q8_0 --layers=4", "A=1 B_2=x=y", str(tmp_path / "table.json"), str(copy), "HEAD~1"]
-    with sides.opened(given, "decode") as (options, environment, tuned, folder, commit):
+    with sides.opened([*given, str(quoted), "it's", long], "decode") as opened:
+        options, environment, tuned, folder, commit, same_folder, branch, long_option = opened
+        assert same_folder.tree == copy
+        assert branch.name.startswith("it's (")
+        assert long_option.options == ("--model", "x" * 5000)
         assert (options.options, options.tree) == (("--mix", "q8_0", "--layers=4"), sides.ROOT)
         assert environment.environment == {"A": "1", "B_2": "x=y"}
         assert tuned.environment["HF_HOME"] == str(tmp_path / "cache" / "huggingface")
@@ -382,10 +392,35 @@ def test_each_side_is_run_as_it_says(git: Git, tmp_path: Path, monkeypatch: pyte
     assert not commit.tree.exists()
 
 
+def test_without_a_home_there_is_a_place_for_results_and_tables(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As for a user of a container who has neither HOME nor an entry in passwd."""
+
+    def none() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("XDG_CACHE_HOME", "HF_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", none)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
+    results = script.results_file("ab", None)
+    assert results.parent == cache_folder() / "bench"
+    assert results.is_relative_to(tmp_path)
+    assert results.parent.is_dir()
+    side = sides.with_table("a table", {}, tmp_path / "side")
+    assert side.environment["HF_HOME"] == "~/.cache/huggingface", "where the hub's library has it too"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["no-such", "."], "'no-such' is no commit here, no folder of this project, no table"),
+        (["it's", "."], '"it\'s" is no commit here, no folder of this project, no table of launch shapes'),
+        (["HEAD", '--mix "x'], "no NAME=VALUE and no option of decode.py (no closing quotation)\n"),
+        (["HEAD", 'A="x'], "no NAME=VALUE and no option of decode.py (no closing quotation)\n"),
+        (["HEAD", "x" * 5000], "is no commit here"),
         (["HEAD", "--fail x"], "decode.py failed with --fail x: no such thing"),
         (["HEAD", "HEAD~1", "--measure", "block"], "HEAD has no bench/block.py; choose another --measure or a later"),
         (["HEAD", "/no/table.json"], "cannot use the launch shapes of /no/table.json: No such file or directory"),
@@ -456,6 +491,23 @@ def test_what_was_measured_before_an_end_is_kept(
     assert made["verdict"] == "no difference"
     assert note in made["notes"]
     assert git("worktree", "list").count("\n") == 1
+
+
+def test_a_pair_without_the_rows_of_the_others_leaves_them_good(
+    git: Git, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran = []
+
+    def run(side: Side, measure: str, options: Any) -> dict[str, Any]:
+        ran.append(side)
+        return report({"0" if len(ran) < 15 else "1": [1.0 + 0.5 * (len(ran) % 3)]})
+
+    monkeypatch.setattr(ab, "run", run)
+    path = tmp_path / "out.json"
+    assert ab.main(["HEAD", "HEAD", "--rest", "0", "--json", str(path)]) == 2
+    made = json.loads(path.read_text())
+    assert (len(made["pairs"]), made["verdict"]) == (7, "no difference")
+    assert "stopped: A and B have no row in common that decode.py could measure" in made["notes"]
 
 
 # --- the trial on a GPU

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from argparse import Namespace
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,24 +13,26 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from bench import block, conditions, gpu_time, script, subject, synthetic
+import glm_mlx.model
+from bench import block, frame, gpu_time, script, subject, synthetic
 from glm_mlx.model import decode_bytes
 from kernels.planes import QuantizedTensor, Weight
+from parity_tests.compare import memory_held
 
 ROOT = Path(__file__).parents[1]
+COPY = {"gb_s": 2.0, "bytes": 1, "seconds": {}, "by": "wall time"}
 SHORT = ["--depths", "20,300", "--count", "2", "--rounds", "2"]
 
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Conditions without seconds of copying, and no copies of layers."""
-    monkeypatch.setattr(conditions, "COPIES", (1, 2))
-    monkeypatch.setattr(conditions, "available_memory", lambda: 1 << 26)
+    """Without seconds of copying, and no copies of layers."""
+    monkeypatch.setattr(frame, "copy_bandwidth", lambda: {**COPY})
     monkeypatch.setattr(block, "BEYOND_CACHES", {"cpu": 1, "gpu": 1})
 
 
-def small() -> subject.Subject:
-    return subject.open_subject(Namespace(model=None, synthetic=None, layers=None, mix="q4_0", kv_bits=16))
+def small(kv_bits: int = 16) -> subject.Subject:
+    return subject.open_subject(Namespace(model=None, synthetic=None, layers=None, mix="q4_0", kv_bits=kv_bits))
 
 
 def plane(weight: Weight) -> mx.array:
@@ -174,6 +177,34 @@ def rotations_beyond(least: int, opened: subject.Subject, monkeypatch: pytest.Mo
     return block.rotate(opened)
 
 
+@pytest.mark.parametrize("kv_bits", [8, 16])
+def test_caches_hold_the_values_that_were_asked_for(kv_bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = small(kv_bits)
+    for rotation in rotations_beyond(1, opened, monkeypatch):
+        assert rotation.subject.model.new_cache().format == opened.model.row_format
+        assert rotation.subject.cache_type == ("8-bit" if kv_bits == 8 else "float32")
+
+
+@pytest.mark.parametrize("room", [1 << 30, 4_000_000])
+def test_room_is_what_weights_in_memory_leave(room: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where a model moves its weights into arrays of several: no copy of a layer shares its banks."""
+    loaded, gpu, models, make = small(), mx.Device(mx.gpu), [], block.Model
+    monkeypatch.setattr(mx, "default_device", lambda: gpu)
+    monkeypatch.setattr(glm_mlx.model, "small_experts", lambda *_: None)
+    monkeypatch.setattr(block, "BEYOND_CACHES", {"gpu": 3_000_000})
+    monkeypatch.setattr(block, "Model", lambda *args: models.append(args) or make(*args))
+    weights = dict(loaded.weights)
+    opened = replace(loaded, weights=weights, model=make(loaded.config, weights, loaded.model.dtype), room=room)
+    before = memory_held()
+    rotations = block.rotate(opened)
+    more = memory_held() - before
+    assert opened.room - rotations[-1].subject.room == pytest.approx(more, rel=0.02)
+    assert max(one.subject.config.num_layers for one in rotations) > 5
+    assert len(models) == len(rotations)
+    assert rotations[0].subject.room >= room // 2
+    assert more > 1_000_000
+
+
 def test_bytes_are_those_of_a_token_but_for_embedding_and_head(monkeypatch: pytest.MonkeyPatch) -> None:
     opened = small()
     rotations = rotations_beyond(1, opened, monkeypatch)
@@ -214,7 +245,6 @@ def test_where_the_gpu_tells_its_time_figures_are_by_it(tmp_path: Path, monkeypa
         return 4e-3 * len(calls)
 
     monkeypatch.setattr(gpu_time, "busy_seconds", busy)
-    monkeypatch.setattr(block, "conditions", lambda: {**FOUND})
     path = tmp_path / "out.json"
     assert block.main(["--depths", "20", "--count", "1", "--rounds", "1", "--json", str(path)]) == 0
     report = json.loads(path.read_text())
@@ -222,15 +252,6 @@ def test_where_the_gpu_tells_its_time_figures_are_by_it(tmp_path: Path, monkeypa
     assert row["gpu_seconds"]["count"] == 3
     assert row["gpu_seconds"]["median"] == pytest.approx(2e-3 / row["blocks_a_step"])  # the second of 1, 2, 3 ms
     assert row["gb_s"] == pytest.approx(row["bytes"] / row["gpu_seconds"]["median"] / 1e9)
-
-
-FOUND: dict[str, Any] = {
-    **dict.fromkeys(
-        ("chip", "gpu_cores", "back_end", "os", "power_source", "power_mode", "glm_mlx", "commit", "python")
-    ),
-    **{"cpu_cores": 1, "memory_bytes": 1, "source_sha256": "0", "mlx": "0", "quoted_gb_s": None, "quoted_by": None},
-    "copy": {"gb_s": 2.0, "bytes": 1, "seconds": {}, "by": "wall time"},
-}
 
 
 @pytest.mark.usefixtures("quick")

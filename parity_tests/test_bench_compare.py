@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from bench import compare, conditions, contest, llama_bench, mlx_lm_peer, plot, script, subject, synthetic
+from bench import compare, contest, frame, llama_bench, mlx_lm_peer, plot, script, subject, synthetic
 from bench.contest import OURS, Turn, UnavailableError
 from bench.mlx_lm_peer import MlxLm, convert
 from bench.subject import Subject
@@ -28,15 +28,15 @@ from glm_mlx.small import SMALL_MODEL
 from kernels.planes import GROUP, QUANT_TYPES, QuantizedTensor, dequantize_ops, group_scales
 
 ROOT = Path(__file__).parents[1]
+COPY = {"gb_s": 2.0, "bytes": 1, "seconds": {}, "by": "wall time"}
 SMALL = Namespace(model=None, synthetic=None, layers=None, mix="q4_0", kv_bits=16)
 AFFINE = [name for name in QUANT_TYPES if name not in ("Q6_K", "IQ4_NL")]
 
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Conditions without seconds of copying."""
-    monkeypatch.setattr(conditions, "COPIES", (1, 2))
-    monkeypatch.setattr(conditions, "available_memory", lambda: 1 << 26)
+    """Without seconds of copying."""
+    monkeypatch.setattr(frame, "copy_bandwidth", lambda: {**COPY})
 
 
 @pytest.fixture(scope="module")
@@ -439,8 +439,12 @@ def test_the_same_model_decodes_the_same_tokens(small: Subject, monkeypatch: pyt
 
 
 @pytest.mark.usefixtures("fake_mlx_lm")
-def test_agreement_is_told(small: Subject) -> None:
+def test_agreement_is_told(small: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Any] = []
+    monkeypatch.setattr(mlx_lm_peer, "Model", lambda cfg, *more: given.append(more[0]) or Model(cfg, *more))
     peer = MlxLm(small)
+    assert given == [small.weights]
+    assert given[0] is not small.weights  # a model may move the weights of the one that it gets
     steps = peer.details["agreement"]["steps_in_float32"]
     assert list(steps) == ["embed_tokens", *[f"layers.{i}" for i in range(6)], "lm_head"]
     assert max(step["error"] for step in steps.values()) < 1e-6

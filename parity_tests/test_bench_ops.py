@@ -248,7 +248,7 @@ def test_each_launch_takes_its_activations_from_the_result_before() -> None:
         return [y]
 
     link = op_timing.Link(mx.float32, 4)
-    timer = op_timing._Timer(small_case({"twin": run}), op_cases.Contestant(run, 0), link, None)
+    timer = op_timing.Timer(small_case({"twin": run}), op_cases.Contestant(run, 0), link, None)
     timer.chain(5)
     assert [i for i, _, _ in seen] == [1, 2, 0, 1, 2]  # the sets rotate
     for (_, _, before), (_, x, _) in itertools.pairwise(seen):
@@ -295,7 +295,7 @@ def test_the_token_of_a_launch_waits_for_the_one_before_and_costs_no_launch(monk
     monkeypatch.setattr(op_cases, "embed", spy)
     (case,) = cases("embed", dtype=mx.bfloat16)
     link = op_timing.Link(case.x.dtype, 1024)
-    op_timing._Timer(case, case.contestants["twin"], link, None).chain(4)
+    op_timing.Timer(case, case.contestants["twin"], link, None).chain(4)
     for i in range(1, 5):
         case.contestants["twin"].run(case.x, i)
     assert [t.item() for t in tokens[:4]] == [t.item() for t in tokens[4:]]
@@ -340,13 +340,13 @@ def test_a_contestant_that_fails_is_a_row_that_says_why() -> None:
 
 def test_contestants_take_turns_in_either_order(monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
-    sample = op_timing._Timer.sample
+    sample = op_timing.Timer.sample
 
     def spy(timer: Any) -> None:
         order.append(timer.row.by)
         sample(timer)
 
-    monkeypatch.setattr(op_timing._Timer, "sample", spy)
+    monkeypatch.setattr(op_timing.Timer, "sample", spy)
     case = small_case({"twin": lambda x, i: [2 * x], "kernel": lambda x, i: [2 * x]})
     op_timing.measure(case, op_timing.Link(mx.float32, 4), 3, [])
     assert order == ["twin", "kernel", "kernel", "twin", "twin", "kernel"]
@@ -356,7 +356,7 @@ def test_the_gpu_time_of_a_kernel_is_that_of_its_own_launches(monkeypatch: pytes
     names = {"kernel": ["mlx::core::cu::custom_kernel_qmv_1", "copy"], "twin": ["gemv", "copy"]}
 
     def seconds(by: str) -> float:
-        timer = op_timing._Timer(
+        timer = op_timing.Timer(
             small_case({}),
             op_cases.Contestant(lambda x, i: [x], 0),
             op_timing.Link(mx.float32, 4),
@@ -374,7 +374,7 @@ def test_the_gpu_time_of_a_kernel_is_that_of_its_own_launches(monkeypatch: pytes
 
 
 def test_the_links_time_is_taken_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    timer = op_timing._Timer(
+    timer = op_timing.Timer(
         small_case({}), op_cases.Contestant(lambda x, i: [x], 0), op_timing.Link(mx.float32, 4), op_timing.Row(None, "")
     )
     timer.row.launches = 10

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from bench import block, compare, conditions, contest, decode, ops_speed, report, script
+from bench import block, compare, contest, decode, frame, ops_speed, report, script
 from bench.subject import Subject
 
 ROOT = Path(__file__).parents[1]
@@ -120,6 +120,15 @@ def test_a_row_holds_what_the_file_says(folder: Path) -> None:
     assert text.endswith(f"{report.END}\nafter\n")
 
 
+def test_a_speed_stands_alone_where_no_copy_was_timed(folder: Path) -> None:
+    put(folder, "decode.json", results([decoded(of_copy=None)]))
+    assert [cells[6] for cells in table(folder)] == ["212"]
+    row = {"op": "qmv", "type": "Q4_0", "dtype": "bfloat16", "by": "kernel", "shape": "64x64", "problem": None}
+    rows = [row | {"summary": {"chain": {"median": 1e-6}}, "bytes": 1000}]
+    put(folder, "decode.json", results(rows, script="ops_speed", conditions=conditions_of(copy=None)))
+    assert [cells[6] for cells in table(folder)] == ["1"]
+
+
 def test_a_new_file_appears_by_itself_and_check_tells(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     put(folder, "a.json", results([decoded()]))
     assert report.main([]) == 0
@@ -158,6 +167,41 @@ def test_other_caches_and_contexts_have_rows_of_their_own(folder: Path) -> None:
         f"small.gguf, q4_0, 6 layers, bfloat16{more}" for more in ("", ", cache in 8 bits", "")
     ]
     assert [row[5] for row in rows] == ["1,234", "1,234", ""]
+
+
+def test_a_ratio_to_a_row_that_was_measured_again_names_its_speed(folder: Path) -> None:
+    """Whatever the order of the paths. A ratio to a row that is shown needs no more words."""
+    for twins_first in (False, True):
+        both = [decoded(0, ms=20), decoded(0, "twins", 40), decoded(512), decoded(512, "twins", 40)]
+        put(folder, "a.json", results(both[::-1] if twins_first else both))
+        put(folder, "b.json", results([decoded(512, ms=5)], conditions=conditions_of(date="2027-02-01")))
+        ratios = {(row[2], row[3]): row[7] for row in table(folder)}
+        assert ratios == {
+            ("0", "glm-mlx, kernels"): "",
+            ("0", "glm-mlx, MLX's operations"): "2.00 x",
+            ("512", "glm-mlx, kernels"): "",
+            ("512", "glm-mlx, MLX's operations"): "4.00 x, ours then 100.0 tok/s",
+        }
+
+
+@pytest.mark.parametrize(("cache", "note"), [("8-bit", ", cache bfloat16"), ("bfloat16", "")])
+def test_a_peer_with_another_cache_than_ours_says_so(folder: Path, cache: str, note: str) -> None:
+    rows = [
+        decoded(by=by, decode_ratios=ratios, prefill_ratios=[])
+        for by, ratios in (("glm-mlx", []), ("mlx-lm", [2.0, 1.0, 4.0]), ("llama.cpp", [3.0]))
+    ]
+    contestants = {
+        "glm-mlx": {},
+        "mlx-lm": {"version": "9.9", "activations": "bfloat16"},
+        "llama.cpp": {"build_commit": "ab"},
+    }
+    model = results([])["model"] | {"cache": cache}
+    put(folder, "compare.json", results(rows, script="compare", contestants=contestants, model=model))
+    assert [(row[3], row[7]) for row in table(folder)] == [
+        ("glm-mlx", ""),
+        (f"mlx-lm 9.9{note}", "2.00 x (1.00-4.00)"),
+        ("llama.cpp ab", "3.00 x (3.00-3.00)"),
+    ]
 
 
 def test_other_scripts_have_no_row_and_are_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -215,9 +259,9 @@ def test_bad_input_is_one_line(
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Conditions without seconds of copying."""
-    monkeypatch.setattr(conditions, "COPIES", (1, 2))
-    monkeypatch.setattr(conditions, "available_memory", lambda: 1 << 26)
+    """Without seconds of copying."""
+    copy = {"gb_s": 2.0, "bytes": 1, "seconds": {}, "by": "wall time"}
+    monkeypatch.setattr(frame, "copy_bandwidth", lambda: copy)
 
 
 @pytest.mark.usefixtures("quick")

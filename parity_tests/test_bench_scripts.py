@@ -10,32 +10,33 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from bench import conditions, decode, launches, op_cases, ops_speed, script, subject, synthetic
+from bench import conditions, decode, frame, launches, load, op_cases, ops_speed, script, subject, synthetic
+from glm_mlx import memory
 from glm_mlx.cache import LatentCache
 from glm_mlx.errors import InputError
 from glm_mlx.model import Model
 from glm_mlx.model_cases import decode_cases
+from glm_mlx.small import SMALL_MODEL
 from kernels import launcher
 from kernels.cases import Case
 from kernels.check import Result
 
 # import-linter keeps tests and benchmarks from importing one another.
 ROOT = Path(__file__).parents[1]
-COPY = {"gb_s": 1.0, "bytes": 1, "seconds": {}, "by": "nothing"}
+COPY = {"gb_s": 2.0, "bytes": 1, "seconds": {}, "by": "wall time"}
 
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Conditions without seconds of copying."""
-    monkeypatch.setattr(conditions, "COPIES", (1, 2))
-    monkeypatch.setattr(conditions, "available_memory", lambda: 1 << 26)
+    """Without seconds of copying."""
+    monkeypatch.setattr(frame, "copy_bandwidth", lambda: {**COPY})
 
 
 def run_script(*arguments: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
-@pytest.mark.parametrize("name", ["decode", "ops_speed"])
+@pytest.mark.parametrize("name", ["decode", "ops_speed", "load"])
 def test_help_says_what_the_script_does(name: str) -> None:
     done = run_script(f"bench/{name}.py", "-h")
     assert done.returncode == 0
@@ -62,6 +63,14 @@ def test_three_tokens_of_the_small_model(tmp_path: Path) -> None:
     assert [run["positions"][0] for run in report["runs"]] == [2, 41, 2, 41]
     assert report["rows"][1]["decode_seconds"]["count"] == 6
     assert report["rows"][1]["prefill_tok_s"]["count"] == 2
+    cold = report["warm_up_prompts"]
+    assert [(run["depth"], run["number"], run["seconds"], len(run["tokens"])) for run in cold] == [
+        (0, 0, [], 1),
+        (40, 0, [], 1),
+    ]
+    assert [row["cold_time_to_first_token"] for row in report["rows"]] == [run["time_to_first_token"] for run in cold]
+    warm = [run["time_to_first_token"] for run in report["runs"] if run["depth"] == 40]
+    assert report["rows"][1]["time_to_first_token"]["median"] == pytest.approx(sum(warm) / 2)
     assert report["parity"]["path"] == "twins"
     for key in ("chip", "os", "mlx", "commit", "clean", "copy", "memory_bytes", "source_sha256", "power_source"):
         assert key in report["conditions"]
@@ -70,19 +79,6 @@ def test_three_tokens_of_the_small_model(tmp_path: Path) -> None:
     assert len(model["header_sha256"]) == 64
     assert sum(model["bytes_by_type"].values()) == 5749568
     assert report["primitives_a_token"]["twins"]["QuantizedMatmul"] > 30
-
-
-def test_nothing_is_decoded_after_the_gpu_has_told_its_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the copy: CUPTI stays in the process."""
-    order: list[str] = []
-    measure = decode.measure_all
-    monkeypatch.setattr(decode, "measure_all", lambda *args: order.append("decode") or measure(*args))
-    monkeypatch.setattr(decode, "copy_bandwidth", lambda: order.append("copy") or {**COPY})
-    monkeypatch.setattr(conditions, "copy_bandwidth", lambda: order.append("too early") or {**COPY})
-    path = tmp_path / "out.json"
-    assert decode.main(["--depths", "0", "--count", "1", "--rounds", "1", "--json", str(path)]) == 0
-    assert order == ["decode", "copy"]
-    assert json.loads(path.read_text())["conditions"]["copy"] == COPY
 
 
 @pytest.mark.usefixtures("quick")
@@ -135,13 +131,12 @@ def test_a_synthetic_model_needs_no_file(
 def test_ctrl_c_keeps_what_was_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    measure, calls = decode.measure, []
+    measure = decode.measure
 
-    def interrupted(*args: Any) -> None:
-        calls.append(args)
-        if len(calls) == 3:
+    def interrupted(model: Any, run: decode.Run, tokens: int) -> None:
+        if run.number == 2:
             raise KeyboardInterrupt
-        measure(*args)
+        measure(model, run, tokens)
 
     monkeypatch.setattr(decode, "measure", interrupted)
     path = tmp_path / "out.json"
@@ -180,14 +175,14 @@ def test_paths_take_turns_and_twins_avoid_the_kernels(
     measure, order = decode.measure, []
 
     def watched(model: Any, run: Any, tokens: int) -> None:
-        order.append((run.path, bool(launcher._avoided)))
+        order.append((run.number, run.path, bool(launcher._avoided)))
         measure(model, run, tokens)
 
     monkeypatch.setattr(decode, "measure", watched)
     arguments = ["--depths", "0", "--count", "2", "--rounds", "3", "--paths", "twins,kernels"]
     assert decode.main([*arguments, "--json", str(tmp_path / "out.json")]) == 0
-    twins, kernels = ("twins", True), ("kernels", False)
-    assert order == [twins, kernels, kernels, twins, twins, kernels]
+    forth = [("twins", True), ("kernels", False)]
+    assert order == [(number, *way) for number in range(4) for way in (forth if number % 2 else forth[::-1])]
     assert "depth 0: kernels and twins give the same first 9 of 9 tokens" in capsys.readouterr().out
 
 
@@ -208,6 +203,56 @@ def test_a_depth_that_runs_out_of_memory_is_a_note(tmp_path: Path, monkeypatch: 
     assert report["notes"] == ["not measured: depth 20 and more: out of memory by twins"]
 
 
+@pytest.mark.usefixtures("quick")
+def test_a_file_is_read_and_loaded_in_turns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "out.json"
+    assert load.main([str(SMALL_MODEL), "--rounds", "1", "--json", str(path)]) == 0
+    report = json.loads(path.read_text())
+    names = [f"{way}, {state}" for state in ("cold", "warm") for way in load.WAYS]
+    assert {name: len(seconds) for name, seconds in report["seconds"].items()} == dict.fromkeys(names, 1)
+    assert min(min(seconds) for seconds in report["seconds"].values()) > 0
+    assert (report["file"], report["bytes"]) == ("small.gguf", SMALL_MODEL.stat().st_size)
+    assert report["conditions"]["copy"]["gb_s"] > 0
+    table = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in table if "cold" in line or "warm" in line] == names
+
+
+@pytest.mark.usefixtures("quick")
+def test_ctrl_c_while_loading_keeps_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = iter([1.0, 2.0])
+
+    def interrupted(*_: Any) -> float:
+        try:
+            return next(seconds)
+        except StopIteration:
+            raise KeyboardInterrupt from None
+
+    monkeypatch.setattr(load, "measure", interrupted)
+    path = tmp_path / "out.json"
+    assert load.main([str(SMALL_MODEL), "--json", str(path)]) == 130
+    report = json.loads(path.read_text())
+    assert {name: s["median"] for name, s in report["summary"].items()} == {
+        "read, new memory, cold": 1.0,
+        "read, one buffer, cold": 2.0,
+    }
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_file_that_does_not_load_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Too large for this machine, seen before anything is read; or the process that loads it fails."""
+    monkeypatch.setattr(memory, "machine_memory", lambda: (1_000_000, "a test"))
+    arguments = [str(SMALL_MODEL), "--rounds", "1", "--json", str(tmp_path / "out.json")]
+    assert script.run(lambda: load.main(arguments)) == 2
+    error = capsys.readouterr().err
+    assert "small.gguf needs 5.7 MB of memory, this machine has 1.0 MB to give" in error
+    assert error.count("\n") == 1
+    monkeypatch.undo()
+    with pytest.raises(InputError, match=r"cannot load .*small.gguf: ZeroDivisionError: division by zero"):
+        load.measure(SMALL_MODEL, "1 / 0", False)
+
+
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
@@ -218,13 +263,16 @@ def test_a_depth_that_runs_out_of_memory_is_a_note(tmp_path: Path, monkeypatch: 
         ("decode", ["--paths", "twins,kernels"], "this device launches no kernels; leave --paths out"),
         ("decode", ["--json", "/"], "cannot write /; name another file with --json"),
         ("ops_speed", ["--json", "/no/such/folder/x.json"], "cannot write /no/such/folder/x.json"),
+        ("load", ["--json", "/no/such/folder/x.json"], "cannot write /no/such/folder/x.json"),
+        ("load", ["missing.gguf"], "no such file: missing.gguf"),
+        ("load", [__file__], "is not a GGUF file"),
     ],
 )
 @pytest.mark.usefixtures("quick")
 def test_bad_input_is_one_line(
     name: str, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    main = {"decode": decode, "ops_speed": ops_speed}[name].main
+    main = {"decode": decode, "ops_speed": ops_speed, "load": load}[name].main
     assert script.run(lambda: main(arguments)) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
@@ -371,7 +419,9 @@ def test_a_mac_tells_its_power_source(shown: str | None, source: str | None, mon
     assert conditions._power_source() == source
 
 
-def test_conditions_can_be_written_and_read(quick: None) -> None:
+def test_conditions_can_be_written_and_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conditions, "COPIES", (1, 8))
+    monkeypatch.setattr(conditions, "available_memory", lambda: 1 << 26)
     found = conditions.conditions()
     assert json.loads(json.dumps(found, allow_nan=False))["copy"]["gb_s"] == found["copy"]["gb_s"]
     assert len(conditions.describe(found)) == 3

@@ -15,21 +15,21 @@ import pytest
 
 import glm_mlx.model
 import kernels.qmv
-from bench import calls, commits, conditions, gpu_time, script, subject, synthetic, trace
+from bench import calls, commits, frame, gpu_time, script, subject, synthetic, trace
 from bench.calls import Call, Place
 from bench.gpu_time import Kernel, Timeline
 from glm_mlx.model import decode_bytes
 from kernels import launcher
 
 ROOT = Path(__file__).parents[1]
+COPY = {"gb_s": 2.0, "bytes": 1, "seconds": {}, "by": "wall time"}
 SHORT = ["--depth", "40", "--count", "3"]
 
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Conditions without seconds of copying."""
-    monkeypatch.setattr(conditions, "COPIES", (1, 2))
-    monkeypatch.setattr(conditions, "available_memory", lambda: 1 << 26)
+    """Without seconds of copying."""
+    monkeypatch.setattr(frame, "copy_bandwidth", lambda: {**COPY})
 
 
 @cache
@@ -279,6 +279,14 @@ def test_the_source_of_every_op_can_be_read(op: str, capsys: pytest.CaptureFixtu
     assert "[[kernel]] void custom_kernel_" in text
 
 
+def test_the_source_is_that_of_the_cache_that_was_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    texts = []
+    for bits in ("16", "8"):
+        assert trace.main(["--with-source", "mla_decode", "--kv-bits", bits]) == 0
+        texts.append(capsys.readouterr().out)
+    assert ["uint8_t" in text.rstrip().splitlines()[-1] for text in texts] == [False, True]
+
+
 def test_the_source_is_that_of_the_launch_that_was_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
     assert trace.main(["--with-source", "qmv:lm_head"]) == 0
     done = capsys.readouterr()
@@ -338,7 +346,6 @@ def test_the_gpus_timeline_holds_kernels_and_graphs(monkeypatch: pytest.MonkeyPa
 @pytest.mark.usefixtures("quick")
 def test_where_the_gpu_tells_its_time_ops_and_limit_are_by_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_time, "available", lambda: True)
-    monkeypatch.setattr(trace, "conditions", lambda: FOUND)
     worked: list[object] = []
 
     def seen(work: Any) -> Timeline:
@@ -358,15 +365,6 @@ def test_where_the_gpu_tells_its_time_ops_and_limit_are_by_it(tmp_path: Path, mo
     assert report["gpu_busy_seconds_a_token"] == pytest.approx(busy)
     assert report["limit"]["device_share"] > 1
     assert report["limit"]["by"] == "device"
-
-
-FOUND: dict[str, Any] = {
-    **dict.fromkeys(
-        ("chip", "gpu_cores", "back_end", "os", "power_source", "power_mode", "glm_mlx", "commit", "python")
-    ),
-    **{"cpu_cores": 1, "memory_bytes": 1, "source_sha256": "0", "mlx": "0", "quoted_gb_s": None, "quoted_by": None},
-    "copy": {"gb_s": 2.0, "bytes": 1, "seconds": {}, "by": "wall time"},
-}
 
 
 @pytest.mark.usefixtures("quick")

@@ -503,6 +503,28 @@ def test_a_shipped_shape_is_the_familys_and_of_any_text(gates: dict[str, float],
     assert shapes.user_file().exists()
 
 
+@pytest.mark.parametrize(
+    ("device", "where"),
+    [(("NVIDIA H200", "NVIDIA sm_90"), "NVIDIA H200"), (("Apple M3 Max", "Apple M3"), "Apple M3")],
+    ids=["NVIDIA", "Apple"],
+)
+def test_what_is_shipped_is_what_others_with_the_device_get(
+    device: tuple[str, str], where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside the entries that are shipped now, which hold for a device by its name."""
+    before = shapes.read(launcher.HERE / "shapes.json")
+    what, values = "Q4_0 5120x768", {"ROWS": 1, "SIMDGROUPS": 2, "DEPTH": 4}
+    assert before["NVIDIA H200"]["qmv"][what] != values
+    shapes.write(shapes.SHIPPED, before)
+    monkeypatch.setattr(shapes, "device", lambda: device)
+    found = entry({**values, "text": shapes.text_digest("qmv")}, device[0], "qmv", what)
+    stale = shapes.with_entry(found, device[0], "qmv", "Q4_0 1x32", {"ROWS": 2, "text": "another"})
+    tune.store(stale, device, ship=True)
+    shapes.user_file().unlink()
+    assert shapes.launch_shape("qmv", what, 1, ROWS=4, SIMDGROUPS=4, DEPTH=8) == (1, 2, 4)
+    assert shapes.read(shapes.SHIPPED) == shapes.with_entry(before, where, "qmv", what, dict(values))
+
+
 def test_search_and_verdict_in_two_steps(gates: dict[str, float], tmp_path: Path) -> None:
     file = tmp_path / "found.json"
     assert tuned(tmp_path, "--candidates", str(file))["gates"] == []
@@ -518,6 +540,42 @@ def test_search_and_verdict_in_two_steps(gates: dict[str, float], tmp_path: Path
         assert [gate["verdict"] for gate in made["judged"]["gates"]] == verdicts
         assert made["judged"]["stored"] is shapes.user_file().exists() is (factor < 1)
     assert shapes.read(shapes.user_file()) == shapes.read(file)
+
+
+def test_what_was_found_for_another_text_is_not_judged(
+    gates: dict[str, float], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run passes over it, so that both sides would be the same."""
+    file, path = tmp_path / "found.json", tmp_path / "tune.json"
+    arguments = ["--judge", str(file), "--rest", "0", "--json", str(path)]
+    stale = entry({**STORED, "text": "another"}, what=DOWN)
+    own = entry({"ROWS": 2}, op="qmv")
+    shapes.write(shapes.user_file(), own)
+    shapes.write(file, shapes.with_entry(stale, CHIP, "qmv", "Q4_0 8x32", {"ROWS": 2}))
+    assert script.run(lambda: tune.main(arguments)) == 2
+    assert capsys.readouterr().err == (
+        f"error: shapes of experts_down in {file} were found for another text of the kernel, and there is nothing else "
+        "to judge; search anew with --candidates\n"
+    )
+    assert not path.exists()
+
+    good = {**STORED, "text": shapes.text_digest("experts_down")}
+    shapes.write(file, shapes.with_entry(stale, CHIP, "experts_down", DOWN, good))
+    shapes.write(file, shapes.with_entry(shapes.read(file), CHIP, "qmv", "Q4_0 1x2", {"ROWS": 1, "text": "another"}))
+    assert tune.main(arguments) == 0
+    assert f"shapes of qmv in {file} were found for another text of the kernel and are left" in capsys.readouterr().err
+    assert json.loads(path.read_text())["judged"]["stored"] is True
+    assert shapes.read(shapes.user_file()) == entry(good, what=DOWN)
+
+
+def test_candidates_for_another_text_go_when_a_search_finds_nothing_better(
+    gates: dict[str, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "found.json"
+    shapes.write(file, entry({**STORED, "text": "another"}, what=DOWN) | entry({"ROWS": 2}, "Another chip"))
+    timed_as(lambda v: 1.0, monkeypatch)
+    tuned(tmp_path, "--candidates", str(file))
+    assert shapes.read(file) == {CHIP: {}, **entry({"ROWS": 2}, "Another chip")}
 
 
 @pytest.mark.parametrize("content", [None, "{}"])
@@ -553,6 +611,50 @@ def test_an_end_on_the_way_keeps_what_was_found(
     assert made["stopped"] == ("interrupted" if code == 130 else "block.py failed")
     assert made["ops"]["experts_down"]["searches"][0]["effect"]["verdict"] == "faster"
     assert not shapes.user_file().exists()
+
+
+def test_an_interrupted_gate_keeps_its_pairs_and_has_no_verdict(
+    gates: dict[str, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, ran = ab.run, []
+
+    def stopping(side: Side, measure: str, options: Any) -> dict[str, Any]:
+        ran.append(side)
+        if len(ran) == blocks + 15:
+            raise KeyboardInterrupt
+        return run(side, measure, options)
+
+    path = tmp_path / "tune.json"
+    blocks = 12  # runs: noise is small, so six pairs are enough
+    monkeypatch.setattr(ab, "run", stopping)
+    monkeypatch.setattr(ab, "enough", lambda effect, smallest: len(ran) == blocks)
+    assert tune.main(["--op", "experts_down", "--rest", "0", "--json", str(path)]) == 130
+    block, decode = json.loads(path.read_text())["ops"]["experts_down"]["gates"]
+    assert (block["verdict"], block["interrupted"], len(block["pairs"])) == ("faster", False, 6)
+    assert (decode["verdict"], decode["kept"], decode["interrupted"], len(decode["pairs"])) == (None, None, True, 7)
+    assert not shapes.user_file().exists()
+
+
+def test_an_interrupted_search_keeps_those_that_had_ended(
+    gates: dict[str, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    search, searched = tune.Search.run, []
+
+    def stopping(self: tune.Search) -> tune.Found:
+        searched.append(self)
+        if len(searched) == 2:
+            raise KeyboardInterrupt
+        return search(self)
+
+    monkeypatch.setattr(tune.Search, "run", stopping)
+    file, path = tmp_path / "found.json", tmp_path / "tune.json"
+    arguments = ["--op", "experts_down", "--quant", "Q4_0,Q8_0", "--candidates", str(file), "--json", str(path)]
+    assert tune.main(arguments) == 130
+    made = json.loads(path.read_text())
+    assert made["stopped"] == "interrupted"
+    assert [found["effect"]["verdict"] for found in made["ops"]["experts_down"]["searches"]] == ["faster"]
+    assert list(shapes.read(file)[CHIP]["experts_down"]) == [DOWN]
+    assert "MAX_SIMDGROUPS 8" in capsys.readouterr().out, "the table of the searches that ended"
 
 
 def test_without_kernels_there_is_nothing_to_tune(

@@ -15,7 +15,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from glm_mlx import generate, memory, session, weights
+from glm_mlx import command, generate, memory, session, weights
 from glm_mlx.gguf import GGUFFile
 from glm_mlx.load import open_model
 from glm_mlx.make_tiny import TinySpec
@@ -252,6 +252,32 @@ def test_ctrl_c_ends_with_130_and_no_traceback(model: str) -> None:
     assert b"Traceback" not in err
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[malloc] Unable to allocate 9 bytes."),
+        RuntimeError("cudaMallocAsync(&data, size, stream) failed: out of memory"),
+        RuntimeError("[METAL] Command buffer execution failed: Insufficient Memory (00000008)"),
+        MemoryError("9 bytes"),
+    ],
+    ids=str,
+)
+def test_a_full_memory_is_one_line(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
+    def full() -> int:
+        raise error
+
+    assert command.run(full) == 2
+    assert capsys.readouterr().err.startswith(f"error: out of memory: {error}; use a shorter prompt")
+
+
+def test_an_error_that_nobody_expected_is_not_hidden() -> None:
+    def broken() -> int:
+        raise RuntimeError("shapes do not fit")
+
+    with pytest.raises(RuntimeError, match="do not fit"):
+        command.run(broken)
+
+
 def test_a_reader_that_stops_early_is_no_error(model: str) -> None:
     command = f"{sys.executable} -m glm_mlx.generate -m {model} Hello --no-think -n 300 | head -c 5"
     done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, timeout=60)
@@ -312,7 +338,7 @@ def test_chat_answers_resets_and_survives_ctrl_c(model: str) -> None:
         chat.wait_for("Hello\r\n(.|\n){20}")
         chat.type("\x03")
         figures = chat.wait_for(r"peak memory (.|\n)*> ")
-        assert bool(re.search(r"\(\d+ cached\)", figures)) == bool(turn), "a second turn computes only what is new"
+        assert bool(re.search(r"\([\d,]+ cached\)", figures)) == bool(turn), "a second turn computes only what is new"
     chat.type("/reset\n")
     chat.wait_for("forgotten(.|\n)*> ")
     chat.wait_for("/exit(.|\n)*> ", press="\x03")

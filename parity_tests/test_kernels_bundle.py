@@ -139,6 +139,18 @@ def test_a_weight_that_is_not_whole_words_keeps_its_arrays() -> None:
     assert bundled([odd]) == ([odd], None)
 
 
+def test_weights_that_stand_in_one_array_stay_there() -> None:
+    """Of a second model over the same weights nothing stands in memory twice."""
+    apart = [random_weight("Q4_0", (16, 64), 0), vectors(4, 8), random_weight("Q4_0", (7, 32), 1)]
+    together, bundle = bundled(apart)
+    again, same = bundled(together)
+    assert same is bundle
+    assert all(a is b for a, b in zip(again, together, strict=True))
+    more, another = bundled([*together, random_weight("Q4_0", (16, 64), 2)])
+    assert another is not bundle
+    assert launcher.placed(more[0], more[-1])[0] is not None
+
+
 def test_weights_of_two_bundles_are_read_from_their_planes() -> None:
     (one,), (two,) = (bundled([random_weight("Q4_0", (16, 64), seed)])[0] for seed in range(2))
     x = vectors(1, 64)

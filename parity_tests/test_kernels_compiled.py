@@ -223,6 +223,22 @@ def test_half_of_what_mlx_reads_is_compiled_again(suffix: str, folder: Path) -> 
     assert compile_ahead(recorded(SMALL)) == 0
 
 
+def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "folder" / "file.json"
+    cache_folder.write_whole(file, b"first")
+    assert [(path.name, path.read_bytes()) for path in file.parent.iterdir()] == [("file.json", b"first")]
+
+    def half(path: Path, content: bytes) -> None:
+        with path.open("wb") as out:
+            out.write(content[:1])
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", half)
+    with pytest.raises(OSError, match="no space"):
+        cache_folder.write_whole(file, b"second")
+    assert [(path.name, path.read_bytes()) for path in file.parent.iterdir()] == [("file.json", b"first")]
+
+
 def _raise(*_: Any) -> Any:
     raise RuntimeError("as MLX might")
 

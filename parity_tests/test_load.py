@@ -12,8 +12,9 @@ import pytest
 from gguf import GGUFReader
 
 from glm_mlx.config import Config
+from glm_mlx.errors import InputError
 from glm_mlx.gguf import GGUFFile
-from glm_mlx.hub import choose_files
+from glm_mlx.hub import choose_files, resolve
 from glm_mlx.load import load_model
 from glm_mlx.make_tiny import GLM_FLASH, TinySpec, make_tiny
 from glm_mlx.weights import plan
@@ -143,6 +144,12 @@ def test_loading_holds_no_second_copy(model_file: MakeModel) -> None:
     figures = json.loads(subprocess.run(command, capture_output=True, check=True, cwd=Path(__file__).parents[1]).stdout)
     assert size < figures["peak"] <= 1.1 * size + 200e6
     assert figures["held"] <= figures["active"] <= 1.03 * size
+
+
+def test_an_empty_name_is_no_folder() -> None:
+    """As of a variable in a shell that is not set."""
+    with pytest.raises(InputError, match="name of the model is empty"):
+        resolve("")
 
 
 def test_hub_names_find_one_quantisation() -> None:

@@ -24,6 +24,7 @@ from glm_mlx.small import SMALL_MODEL
 from glm_mlx.weights import tensors_of
 from kernels import mla_decode, wide
 from kernels.planes import Weight
+from parity_tests.compare import memory_held
 from parity_tests.conftest import MakeModel
 from parity_tests.variants import VARIANTS
 
@@ -75,8 +76,7 @@ def test_reading_a_prompt_stays_within_the_planned_scratch(
         mx.eval(cache.update(layer, mx.random.normal((1, context, cache.format.values))))
     cache.advance(before)
     engine.tokens = [1] * before
-    held = mx.get_active_memory()
-    mx.reset_peak_memory()
+    held = memory_held()
     engine._prefill([1] * before + [token % 250 for token in range(2, chunk + 2)], lambda done, total: None)
     taken = mx.get_peak_memory() - held
     tensors = tensors_of(open_model(loaded.gguf.path).tensors)
@@ -124,8 +124,7 @@ def test_reading_a_prompt_as_on_cuda_stays_within_the_planned_scratch(
         engine.cache._with_room(layer, 1, context)
     engine.cache.advance(before)
     engine.tokens = [1] * before
-    held = mx.get_active_memory()
-    mx.reset_peak_memory()
+    held = memory_held()
     engine._prefill([1] * before + [token % 250 for token in range(2, chunk + 2)], lambda done, total: None)
     taken = mx.get_peak_memory() - held
     tensors = tensors_of(open_model(loaded.gguf.path).tensors)
@@ -280,8 +279,7 @@ def test_memory_does_not_grow_with_the_tokens_generated(pytestconfig: pytest.Con
     while count < max(4 * ROUND, pytestconfig.getoption("--soak-tokens")):
         prompt = [3 + count // ROUND % 1000, 5, 7, 11, 13, 17]
         count += sum(1 for _ in engine.generate(prompt, SamplingParams(seed=count, **params), ROUND))
-        mx.synchronize()
-        seen.append((mx.get_active_memory(), mx.get_cache_memory(), process.memory_info().rss))
+        seen.append((memory_held(), mx.get_cache_memory(), process.memory_info().rss))
     settled, last = seen[1], seen[-1]
     print(
         f"after {count:,} tokens (after {2 * ROUND}): active, kept, resident", *map("{:,} ({:,})".format, last, settled)

@@ -20,7 +20,7 @@ from kernels.qmv import head_qmv_ops, qmv_ops
 from kernels.rows import RowFormat
 from kernels.tiles import tiles_shape
 from parity_tests.budgets import check
-from parity_tests.compare import compare_layers, to_numpy
+from parity_tests.compare import compare_layers, memory_held, to_numpy
 from parity_tests.conftest import MakeModel
 from parity_tests.test_doctor import with_kernels
 from parity_tests.test_layers import assert_taps, tokens
@@ -161,7 +161,7 @@ def test_what_a_prompt_may_hold_is_counted_from_its_cache(
     model = load_model(model_file(VARIANTS["GLM Q4_0, output Q6_K"]), mx.float32).model
     reader = Engine(model, chunk=32) if sequences is None else Batch(model, sequences, chunk=32)
     for prompt in (tokens(40), tokens(300)):
-        before, grown = mx.get_active_memory(), reader.cache.nbytes
+        before, grown = memory_held(), reader.cache.nbytes
         if isinstance(reader, Engine):
             list(reader.generate(prompt, SamplingParams(temperature=0), 1))
         else:
@@ -221,8 +221,7 @@ def test_scores_are_masked_where_they_are(on_cpu: None, monkeypatch: pytest.Monk
     q, rows = (mx.array(a).astype(mx.bfloat16) for a in queries_and_rows(1, length, count))
     scores = 2 * q.shape[1] * length * count
     mx.eval(q, rows)
-    held = mx.get_active_memory()
-    mx.reset_peak_memory()
+    held = memory_held()
     mx.eval(wide.attend(q[..., :LATENT], q[..., LATENT:], rows, 0.25))
     keys_and_values = 2 * 2 * rows.size
     assert 0.9 * scores < mx.get_peak_memory() - held - keys_and_values < 1.5 * scores
