@@ -440,7 +440,7 @@ def cases() -> list[Any]:
         Call(test_kernels_launch.test_any_launch_shape_computes_the_same, Mla(2, 20), {"MERGE_SIMDGROUPS": 1}),
         *(
             Call(test_kernels_launch.test_any_launch_shape_computes_the_same, *s)
-            for s in test_kernels_launch.SHAPES[-5:]
+            for s in [*test_kernels_launch.SHAPES[-5:], *test_kernels_launch.TURNS]
         ),
         *(Call(test_kernels_traffic.test_every_quant_is_loaded_once, case) for case in test_kernels_traffic.RAGGED),
         *(Call(test_kernels_traffic.test_attention_does_nothing_twice, *case) for case in test_kernels_traffic.ONCE),

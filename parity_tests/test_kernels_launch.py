@@ -139,7 +139,18 @@ def test_sections_are_for_what_launches_use() -> None:
     assert {name for heading in headings for name in heading.split() if name != "and"} == known
 
 
+TURNS: list[tuple[Case, dict[str, int]]] = [  # K-quants whose scales a lane has for others
+    (Down("Q6_K", 3, 2, 1280, 9, "Q5_K", 1280), {"ROWS": 2, "MAX_SIMDGROUPS": 3, "DEPTH": 5}),
+    (Down("Q4_0", 3, 2, 512, 9, "Q4_K", 1024), {"ROWS": 2, "MAX_SIMDGROUPS": 4, "DEPTH": 1}),
+    (Down("Q8_0", 3, 2, 1408, 9, "Q4_K", 2816), {"ROWS": 2, "MAX_SIMDGROUPS": 4, "DEPTH": 6}),
+    (GateUp("Q4_K", 9, 2, 11, 2304, "Q6_K", 9), {"ROWS": 2, "SIMDGROUPS": 2, "DEPTH": 9}),
+    (GateUp("Q6_K", 9, 2, 11, 1280, "Q5_K", 9), {"ROWS": 2, "SIMDGROUPS": 2, "DEPTH": 5}),
+    (GateUp("Q5_K", 9, 2, 11, 1024, "Q4_K", 9), {"ROWS": 3, "SIMDGROUPS": 2, "DEPTH": 2}),
+    (Down("Q4_1", 3, 2, 1408, 9, "Q6_K", 2816), {"ROWS": 2, "MAX_SIMDGROUPS": 4, "DEPTH": 6}),
+    (Qmv(("Q4_K", "Q6_K"), (7, 5), 2304, tokens=2), {"ROWS": 2, "SIMDGROUPS": 2, "DEPTH": 9}),
+]
 SHAPES: list[tuple[Case, dict[str, int]]] = [
+    *TURNS,
     (Qmv(("Q5_0", "Q6_K"), (17, 3), 1280, True, tokens=2), {"ROWS": 1, "SIMDGROUPS": 1, "DEPTH": 1, "MANY_ROWS": 20}),
     (Qmv(("Q5_1", "F16"), (29, 9), 224, tokens=3), {"ROWS": 3, "SIMDGROUPS": 2, "DEPTH": 2}),
     (HeadQmv("Q8_0", 3, 35, 480, tokens=2), {"ROWS": 4, "SIMDGROUPS": 8, "DEPTH": 4}),
@@ -148,10 +159,6 @@ SHAPES: list[tuple[Case, dict[str, int]]] = [
     (Down("Q4_1", 6, 4, 96, 17, "Q4_0", 96), {"ROWS": 1, "MAX_SIMDGROUPS": 3, "DEPTH": 1}),
     (Down("Q8_0", 6, 5, 1408, 17, "Q5_0", 2816), {"ROWS": 8, "MAX_SIMDGROUPS": 16, "DEPTH": 3}),
     (Down("Q6_K", 9, 8, 768, 16, "Q4_K", 1536), {"ROWS": 3, "MAX_SIMDGROUPS": 32, "DEPTH": 2}),
-    (Down("Q6_K", 3, 2, 1280, 9, "Q5_K", 1280), {"ROWS": 2, "MAX_SIMDGROUPS": 3, "DEPTH": 5}),
-    (Down("Q8_0", 3, 2, 1408, 9, "Q4_K", 2816), {"ROWS": 2, "MAX_SIMDGROUPS": 4, "DEPTH": 6}),
-    (Down("Q4_1", 3, 2, 1408, 9, "Q6_K", 2816), {"ROWS": 2, "MAX_SIMDGROUPS": 4, "DEPTH": 6}),
-    (Qmv(("Q4_K", "Q6_K"), (7, 5), 2304, tokens=2), {"ROWS": 2, "SIMDGROUPS": 2, "DEPTH": 9}),
     (
         Mla(5, 70, 136, 62, tokens=2),
         {"HEADS_AT_ONCE": 2, "SIMDGROUPS": 3, "ROWS_AT_ONCE": 8, "MERGE_ROWS": 5},
