@@ -7,6 +7,7 @@ import tempfile
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from uuid import uuid4
 
 NVIDIA = Path("/proc/driver/nvidia/gpus")  # of the driver on Linux: a folder for each GPU
 DRIVER = Path("/proc/driver/nvidia/version")  # one driver may not take what another's compiler made
@@ -45,12 +46,13 @@ def compiled_folder() -> Path | None:
 
 def write_whole(file: Path, content: bytes) -> None:
     """In one step, as another process may be reading it; makes its folder. Raises OSError, and then leaves nothing."""
-    new = file.with_name(f"{file.name}.{os.getpid()}")
+    # Not by the process's number: containers that share a folder have the same.
+    new = file.with_name(f"{file.name}.{uuid4().hex}")
     file.parent.mkdir(parents=True, exist_ok=True)
     try:
         new.write_bytes(content)
         new.replace(file)
-    except OSError:
+    except BaseException:  # Ctrl-C too
         with suppress(OSError):
             new.unlink()
         raise
