@@ -9,10 +9,10 @@ const uint token = threadgroup_position_in_grid.y;
 const uint first = threadgroup_position_in_grid.x * uint(ROWS);
 const uint row = first + thread_index_in_threadgroup;
 const bool writes = thread_index_in_threadgroup < uint(ROWS) && row < uint(ROWS_IN_ALL);
-float sum = 0.0f;
 #ifdef RESIDUAL
+T added = T(0.0f);
 if (writes) {  // asked for now, needed last
-  sum = float(residual[token * uint(ROWS_IN_ALL) + row]);
+  added = residual[token * uint(ROWS_IN_ALL) + row];
 }
 #endif
 float sums[ROWS];
@@ -45,6 +45,10 @@ for (int r = 0; r < ROWS; ++r) {
 }
 threadgroup_barrier(mem_flags::mem_threadgroup);
 if (writes) {
+  float sum = 0.0f;
+#ifdef RESIDUAL
+  sum = float(added);
+#endif
   for (int i = 0; i < SIMDGROUPS; ++i) {
     sum += partial[uint(i * ROWS) + thread_index_in_threadgroup];
   }

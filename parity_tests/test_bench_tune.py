@@ -15,6 +15,7 @@ from bench import ab, conditions, op_cases, op_timing, script, tune
 from bench.sides import Side
 from glm_mlx.errors import InputError
 from kernels import experts_down, launcher, shapes
+from kernels.planes import QUANT_TYPES
 from parity_tests.kernel_cases import Case, Down, GateUp, HeadQmv, Mla, Qmv, verify
 from parity_tests.msl import executing
 
@@ -220,9 +221,11 @@ def test_every_shipped_shape_is_one_that_a_launch_of_the_real_widths_takes(monke
             tune.clear_launches()
             shapes._from_tables.cache_clear()
             shapes._tables.cache_clear()
+            quants = [quant for quant in QUANT_TYPES if any(quant in what for what in entries)] or ["Q4_0"]
             with launcher.recording() as launches, shapes.asking() as asked:
-                for case in op_cases.OPS[op]("Q4_0", mx.bfloat16, sizes):
-                    case.contestants["kernel"].run(case.x, 0)
+                for quant in quants:
+                    for case in op_cases.OPS[op](quant, mx.bfloat16, sizes):
+                        case.contestants["kernel"].run(case.x, 0)
             assert launches
             got = {a.what: a.values for a in asked if a.op == op}
             for what, entry in entries.items():
