@@ -46,15 +46,15 @@ def available() -> bool:
 
 def record(work: Callable[[], object]) -> Timeline:
     """What `work` ran on the GPU. It must have run before, so that nothing is compiled."""
-    from torch.profiler import ProfilerActivity, profile
+    from torch.autograd.profiler import profile  # torch.profiler's imports TorchInductor first, which takes seconds
 
     mx.synchronize()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with profile(activities=[ProfilerActivity.CUDA]) as found:
+        with profile(use_cpu=False, use_device="cuda", use_kineto=True) as found:
             work()
             mx.synchronize()
-        events = list(found.events())
+        events = list(found.function_events)
     kernels = [
         Kernel(event.name, 1e-6 * event.time_range.start, 1e-6 * event.device_time)
         for event in events

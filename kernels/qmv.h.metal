@@ -33,16 +33,6 @@ inline void qmv_rows(
       sums[r][t] = 0.0f;
     }
   }
-  Y added[ROWS][TOKENS];
-  if (RESIDUAL) {  // asked for now, needed last
-#pragma unroll
-    for (int t = 0; t < TOKENS; ++t) {
-#pragma unroll
-      for (int r = 0; r < ROWS; ++r) {
-        added[r][t] = residual[uint(t) * y_token + min(first + uint(32 / LANES * r), rows - 1u)];
-      }
-    }
-  }
   for (uint step = 0; step < uint(COLS / 8); step += DEPTH * LANES) {
     const uint begin = step + lane % uint(LANES);
     Raw raw[ROWS][DEPTH];
@@ -105,7 +95,8 @@ inline void qmv_rows(
       const float sum = lanes_sum<LANES>(sums[r][t]) * inverse;
       const uint row = first + uint(32 / LANES * r);
       if (lane % uint(LANES) == 0 && row < rows) {
-        y[uint(t) * y_token + row] = Y(RESIDUAL ? sum + float(added[r][t]) : sum);
+        const uint at = uint(t) * y_token + row;
+        y[at] = Y(RESIDUAL ? sum + float(residual[at]) : sum);
       }
       if (NORMED_TOO && row < rows) {
         const uint share = (uint(COLS) + rows - 1) / rows;
