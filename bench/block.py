@@ -150,7 +150,7 @@ def main(argv: list[str] | None = None) -> int:
 
     runs = [run for run in runs if run.timed]
     rows = list(_rows(rotations, runs, counted, frame))
-    lines = [f"{args.rounds} rounds of {args.count} steps after {WARM_UP} of warm-up"]
+    lines = [f"{script.counted(args.rounds, 'round')} of {args.count} steps after {WARM_UP} of warm-up"]
     report = {
         "rounds": args.rounds,
         "warm_up_steps": WARM_UP,

@@ -99,8 +99,8 @@ def main(argv: list[str] | None = None) -> int:
     }
     code = frame.finish(
         [
-            f"greedy, {args.rounds} rounds of {args.count} tokens after {WARM_UP} of warm-up; a ratio above 1: ours is "
-            "faster"
+            f"greedy, {script.counted(args.rounds, 'round')} of {args.count} tokens after {WARM_UP} of "
+            "warm-up; a ratio above 1: ours is faster"
         ],
         [_table(rows), *([_left_out(problems)] if problems else [])],
         report,

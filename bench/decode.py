@@ -222,7 +222,7 @@ def _lines(subject: Subject, args: argparse.Namespace, counted: Mapping[str, Map
     fixed, per_row = decode_bytes(subject.config, subject.weights, subject.model.row_format)
     return [
         f"a token reads {decimal(fixed)} of weights and {decimal(per_row)} for each token before it; greedy, "
-        f"{args.rounds} rounds of {args.count} tokens after {WARM_UP} of warm-up",
+        f"{script.counted(args.rounds, 'round')} of {args.count} tokens after {WARM_UP} of warm-up",
         *(
             f"a token by {name}: {launches(counts)} launches in {sum(counts.values())} primitives of MLX"
             for name, counts in counted.items()

@@ -333,7 +333,7 @@ def _rounds(content: Mapping[str, Any]) -> str:
     random = any(row.get("fill") == "random" for row in content["rows"])
     prompt = any(row.get("fill") == "prefill" and row["depth"] > 1 for row in content["rows"])
     context = {(True, False): ", random context", (True, True): ", long contexts random"}.get((random, prompt), "")
-    return f"{content['rounds']} rounds{context}"
+    return f"{script.counted(content['rounds'], 'round')}{context}"
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -102,6 +102,11 @@ def table(title: str, columns: Sequence[str], words: int = 1) -> Table:
     return made
 
 
+def counted(number: int, noun: str) -> str:
+    """ "1 round", "2 rounds"."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
 def share(part: float | None) -> str:
     """In a table."""
     return "-" if part is None else f"{part:.1%}"

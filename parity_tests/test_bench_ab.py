@@ -577,3 +577,30 @@ def test_trees_of_a_trial_are_measured_alike(tmp_path: Path) -> None:
     assert (slower / "kernels" / "launcher.py").read_text().endswith("\nx = 1\n")
     for name in planted.ALIKE:
         compile((base / name).read_text(), name, "exec")
+
+
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        ({10: 0.036}, 10),
+        ({10: 0.06, 20: 0.031}, 20),
+        ({10: 0.185, 20: 0.008, 15: 0.008, 12: 0.014, 11: 0.022}, 11),
+        ({10: -0.001, 5: 0.18, 7: 0.0, 6: 0.03}, 6),
+        ({10: 0.001, 5: 0.002, 3: 0.1, 4: 0.2}, None),
+    ],
+    ids=lambda value: str(value),
+)
+def test_the_planted_slowdown_is_searched_for(changes: dict[int, float], found: int | None) -> None:
+    """Of a time that is not in proportion to the launches made twice."""
+    tried: list[int] = []
+
+    def slowdown(every: int) -> float:
+        tried.append(every)
+        return changes[every]
+
+    if found is None:
+        with pytest.raises(InputError, match="changes the time by 3%"):
+            planted.dose(slowdown)
+    else:
+        assert planted.dose(slowdown) == found
+    assert tried == list(changes)
