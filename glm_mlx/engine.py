@@ -97,7 +97,8 @@ class Engine:
             if self.context < cfg.context_length:
                 limit, advice = "the context", "shorten it or make the context larger"
             raise InputError(
-                f"the prompt has {len(prompt):,} tokens, {limit} {self.context:,} with the answer; {advice}"
+                f"the prompt has {len(prompt):,} tokens, which leaves no room for an answer in {limit} of "
+                f"{self.context:,}; {advice}"
             )
         if not all(0 <= token < cfg.vocab_size for token in prompt):
             raise InputError(
@@ -151,8 +152,12 @@ class Engine:
             for begin in range(known, len(prompt), self.chunk):
                 part = prompt[begin : begin + self.chunk]
                 hidden = self.model.hidden_states(mx.array([list(part)], mx.int32), self.cache)
-                mx.eval(hidden, [rows for rows in self.cache.rows if rows is not None])
-                self.tokens += part
+                self.tokens += part  # first: Ctrl-C shows when the wait is over, and the rows are there then
+                try:
+                    mx.eval(hidden, [rows for rows in self.cache.rows if rows is not None])
+                except Exception:  # out of memory, say
+                    del self.tokens[-len(part) :]
+                    raise
                 on_prefill(len(self.tokens), len(prompt))
         logits = self.model.logits(hidden[:, -1:])[:, 0]
         mx.eval(logits)

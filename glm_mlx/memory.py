@@ -74,15 +74,13 @@ class MemoryPlan:
         """Raises InputError where it does not fit, with the largest context that does."""
         if self.fits:
             return
-        room = f"this machine has {decimal(self.available)} to give"
-        if self.largest >= min(LEAST_CONTEXT, self.context):
-            raise InputError(
-                f"a context of {self.context:,} tokens needs {decimal(self.total)} of memory, {room}; "
-                f"--context {self.largest} would fit"
-            )
+        what = f"a context of {self.context:,} tokens" if self.largest else name
         needed = self.weights if self.weights > self.available else self.total
+        advice = f"--context {self.largest} would fit"
+        if self.largest < min(LEAST_CONTEXT, self.context):  # of little use
+            advice = "close other programs or take a smaller quantisation" + f" ({advice})" * bool(self.largest)
         raise InputError(
-            f"{name} needs {decimal(needed)} of memory, {room}; close other programs or take a smaller quantisation"
+            f"{what} needs {decimal(needed)} of memory, this machine has {decimal(self.available)} to give; {advice}"
         )
 
     def table(self, title: str | None = None) -> Table:
@@ -130,8 +128,6 @@ def plan_memory(
     context None: the largest that fits this machine and the model, or LEAST_CONTEXT if that does not fit. Raises
     InputError for a context that the model was not made for, and for rows that 8 bits cannot hold.
     """
-    if context is not None and not 1 <= context <= cfg.context_length:
-        raise InputError(f"context is {context}; it must be 1 to {cfg.context_length:,}, which the model was made for")
     tensors = list(tensors)
     weights = sum(_held_nbytes(cfg, tensor) for tensor in tensors)
     beside = _beside_weights(tensors)
@@ -147,6 +143,11 @@ def plan_memory(
         return MemoryPlan(tokens, weights, cache, scratch, min(scratch, MOST_KEPT), available, source, largest)
 
     largest = _last(lambda tokens: plan(tokens).fits, cfg.context_length)
+    if context is not None and not 1 <= context <= cfg.context_length:
+        room = f"; this machine has room for {largest:,}" if largest < cfg.context_length else ""
+        raise InputError(
+            f"context is {context:,}; it must be 1 to {cfg.context_length:,}, which the model was made for{room}"
+        )
     if context is None:
         context = max(largest, min(LEAST_CONTEXT, cfg.context_length))
     return plan(context, largest)

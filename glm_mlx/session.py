@@ -279,7 +279,8 @@ def _chat(talk: _Talk) -> int:
         except KeyboardInterrupt:  # before or after an answer
             continue
         except InputError as error:  # too long for the context, say: the conversation before this turn stays
-            STDERR.print(f"error: {error}", markup=False, soft_wrap=True)
+            turns = any(message["role"] == "user" for message in conversation.messages)
+            STDERR.print(f"error: {error}{'; /reset starts anew' * turns}", markup=False, soft_wrap=True)
             continue
         if talk.args.verbose:
             _figures(talk.engine)
@@ -308,8 +309,8 @@ def _figures(engine: Engine) -> None:
     s = engine.stats
     cached = f" ({s.cached_tokens:,} cached)" if s.cached_tokens else ""
     STDERR.print(
-        f"\\[prompt {s.prompt_tokens:,} tokens{cached}, {s.prefill_tok_s:.1f} tok/s; "
-        f"answer {s.decode_tokens:,} tokens, {s.decode_tok_s:.1f} tok/s; "
+        f"\\[prompt {s.prompt_tokens:,} token{'s' * (s.prompt_tokens != 1)}{cached}, {s.prefill_tok_s:.1f} tok/s; "
+        f"answer {s.decode_tokens:,} token{'s' * (s.decode_tokens != 1)}, {s.decode_tok_s:.1f} tok/s; "
         f"first after {s.time_to_first_token:.2f} s; peak memory {decimal(s.peak_memory)}]",
         style="dim",
         soft_wrap=True,

@@ -5,7 +5,8 @@
 // Only what our kernels use. Not here: swizzles, comparisons of vectors, half literals (1.0h), bfloat arithmetic beyond
 // CUDA's own. Free to differ, as Metal promises nothing: NaN in min, max and clamp, shuffles from a lane above 31, the
 // last bits of exp and the like. A helper cannot be overloaded on the address space alone: there is one here. All 32
-// lanes must meet at a simd_ operation.
+// lanes must meet at a simd_ operation, and where simdgroup_index_in_threadgroup is read; so threadgroups are whole
+// simdgroups.
 #pragma once
 
 #define device

@@ -5,7 +5,7 @@ experts_down(hidden, choice, down, shared_down, residual) -> y, and the same wit
     choice         (T, 2, K)   uint32, from there too: experts, of which the kernel clamps those past E - 1, and weights
     down           (E, D, F)   `Weight`
     shared_down    (D, S)      `Weight` or None
-    residual       (T, D)      added to the result, or None
+    residual       (T, D)      added to the result, or None; the kernel takes one of hidden's dtype
     y              (T, D)      dtype of hidden; the shared expert is added unweighted; summed in float32
 
 The kernel takes up to 8 tokens. It reads the rows of the chosen experts and of the shared one once for each token: for
@@ -58,7 +58,7 @@ def experts_down(
         back_end,
         tuple(hidden.shape),
         tuple(choice.shape),
-        None if residual is None else tuple(residual.shape),
+        None if residual is None else (tuple(residual.shape), residual.dtype),
         hidden.dtype,
         tuple(launcher.kind(w) for w in matrices),
         layout,
@@ -72,7 +72,7 @@ def _launch(
     back_end: launcher.BackEnd,
     hidden: tuple[int, ...],
     choice: tuple[int, ...],
-    residual: tuple[int, ...] | None,
+    residual: tuple[tuple[int, ...], mx.Dtype] | None,
     dtype: mx.Dtype,
     kinds: tuple[launcher.Kind, ...],
     layout: launcher.Layout | None,
@@ -91,7 +91,10 @@ def _launch(
             results == top_k * width + shared_width,
             f"hidden of shape {hidden} for {top_k} experts of width {width} and shared ones of {shared_width}",
         ),
-        (residual in (None, (*lead, rows)), f"a residual of shape {residual} for a result of {(*lead, rows)}"),
+        (
+            residual in (None, ((*lead, rows), dtype)),
+            f"a residual of shape and dtype {residual} for a result of {((*lead, rows), dtype)}",
+        ),
         *(
             (shape == (rows, shared_width), f"shared down of shape {shape}, others of {rows} rows")
             for _, shape in kinds[1:]

@@ -49,6 +49,15 @@ BUDGETS = {
     ),
     "cache fetched": Budget(1.01, "lines that two splits share; worst seen 1.005"),
     "lines of weights": Budget(1 / 0.9, "lines that the loads touch, over the fewest: coalescing of 90 %"),
+    "lines of groups' scales": Budget(
+        1.3, "12 bytes a block, four at a time, from where a row begins: less than a line; worst seen 1.25"
+    ),
+    "groups' scales asked for": Budget(
+        1.4, "by one lane for all, and for whole turns past the end of a row; by each for itself it were 2 (Q6_K)"
+    ),
+    "groups' scales asked for, with minima": Budget(
+        3.3, "as above, and their six bits lie in 8 of 12 bytes, most of them twice; by each for itself it were 32"
+    ),
     "logits, 16-bit": Budget(4e-2, "final norm and output on the reference's input, bfloat16 between them"),
 }
 

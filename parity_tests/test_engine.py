@@ -1,5 +1,7 @@
 """The engine: what it yields, what its cache holds afterwards, and what its figures mean."""
 
+from typing import Any
+
 import mlx.core as mx
 import pytest
 
@@ -123,12 +125,33 @@ def test_ctrl_c_in_a_prompt_keeps_the_chunks_that_were_read(model: Model) -> Non
     assert engine.stats.cached_tokens == 8
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_a_chunk_that_ctrl_c_waited_for_is_kept_and_one_that_failed_is_not(
+    error: type[BaseException], model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python raises KeyboardInterrupt when MLX has computed the chunk."""
+    engine, prompt = Engine(model, chunk=4), tokens(15)
+    evaluate = mx.eval
+
+    def stopped(*arrays: Any) -> None:
+        evaluate(*arrays)
+        if engine.cache.offset == 8:
+            raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mx, "eval", stopped)
+        with pytest.raises(error):
+            list(engine.generate(prompt, GREEDY, 4))
+    assert generate(engine, prompt, 4) == greedy_by_hand(model, prompt, 4)
+    assert engine.stats.cached_tokens == (8 if error is KeyboardInterrupt else 4)
+
+
 @pytest.mark.parametrize("context", [64, 20])
 def test_the_context_is_the_limit(model: Model, context: int) -> None:
     """The model's 64 tokens, or fewer by choice: an answer ends there, a prompt that leaves no room is refused."""
     engine = Engine(model, context=context)
     assert len(generate(engine, tokens(context - 4), 100)) == 4
-    with pytest.raises(InputError, match=f"{context}.*larger" if context < 64 else f"model's context {context}"):
+    with pytest.raises(InputError, match=f"{context}; .*larger" if context < 64 else f"model's context of {context}"):
         generate(engine, tokens(context), 1)
     with pytest.raises(InputError, match="full"):
         engine.cache.reserve(2)  # the last token of an answer is not cached

@@ -146,7 +146,7 @@ def test_help_names_every_option_and_starts_at_once() -> None:
         (["x", "--context", "0"], "context is 0"),
         (["x", "--context", "4097"], "4,096"),
         (["x", "--context", "all"], "all"),
-        (["x", "--context", "2"], "context 2"),
+        (["x", "--context", "2"], "context of 2"),
         (["x", "--drop-reasoning"], "--chat"),
         (["x", "--logit-bias", "a=b"], "a=b"),
         (["x", "--logit-bias", "99999=1"], "99999"),
@@ -403,6 +403,14 @@ def turns(*arguments: str) -> list[tuple[int, int]]:
     found = re.findall(rb"prompt (\d+) tokens(?: \((\d+) cached\))?", done.stderr)
     assert len(found) == 3
     return [(int(prompt), int(cached or 0)) for prompt, cached in found]
+
+
+def test_a_chat_that_is_full_says_how_to_go_on() -> None:
+    done = run("--chat", "--temp", "0", "--context", "65", stdin=b"What is 47 + 38?\nWhat is 12 + 9?\n/reset\nHello\n")
+    assert done.returncode == 0
+    errors = re.findall(rb"error: .*", done.stderr)
+    assert len(errors) == 1
+    assert re.fullmatch(rb"error: the prompt has \d+ tokens, .* the context of 65; .*; /reset starts anew", errors[0])
 
 
 def test_a_turn_of_a_chat_computes_only_what_it_adds() -> None:

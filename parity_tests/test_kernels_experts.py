@@ -8,9 +8,23 @@ import pytest
 
 from kernels import experts_down as down
 from kernels import experts_gate_up as gate_up
+from kernels import launcher
 from kernels.planes import GROUP, SUPER
 from kernels.route import Router
-from parity_tests.kernel_cases import DTYPES, KINDS, Case, Down, GateUp, about, bits, block, float64, run, verify
+from parity_tests.kernel_cases import (
+    DTYPES,
+    KINDS,
+    Case,
+    Down,
+    GateUp,
+    about,
+    bits,
+    block,
+    float64,
+    random_weight,
+    run,
+    verify,
+)
 
 ABOUT = about(gate_up.ROWS * gate_up.SIMDGROUPS)
 EDGES = (ABOUT - 1, ABOUT, ABOUT + 1)
@@ -164,3 +178,14 @@ def test_an_id_outside_stands_for_the_last_expert() -> None:
     clamped = mx.array(case.chosen.astype(np.uint32))
     got, same = run(case.kernel), run(lambda: case.call(down.experts_down, clamped))
     assert [bits(y) for y in got] == [bits(y) for y in same]
+
+
+def test_a_residual_of_another_dtype_is_refused_by_name() -> None:
+    """The kernel would round it to the dtype of hidden, or not compile."""
+    bank, hidden = random_weight("Q4_0", (4, 8, 64), 0), mx.zeros((1, 2 * 64), mx.bfloat16)
+    choice, residual = mx.zeros((1, 2, 2), mx.uint32), mx.zeros((1, 8), mx.bfloat16)
+    with launcher.recording() as launches:
+        down.experts_down(hidden, choice, bank, None, residual)
+        with pytest.raises(launcher.KernelRefusedError, match=r"^experts_down: a residual of shape and .*float32"):
+            down.experts_down(hidden, choice, bank, None, residual.astype(mx.float32))
+    assert len(launches) == 1

@@ -126,6 +126,9 @@ def test_a_shorter_text_has_the_lines_of_its_file() -> None:
     assert launcher._shortened(text, {"q<4>"}) == start + "d;\n\n\n\n\ng;"
     assert launcher._shortened(text, {"p"}) == start + "d;\n\n\ne;\n\ng;"
     assert launcher._shortened(text, {"q"}) == start + "\n\n\n\n\ng;"
+    both = "a;\n// ---- for turns and p q ----\nb;"
+    assert launcher._shortened(both, {"turns", "q"}) == "a;\n\nb;"
+    assert launcher._shortened(both, {"turns"}) == launcher._shortened(both, {"p"}) == "a;\n\n"
 
 
 def test_sections_are_for_what_launches_use() -> None:

@@ -80,10 +80,13 @@ def test_weights_are_fetched_once_in_whole_lines(case: Case) -> None:
         check_fetched("weights fetched" + ", K-quants" * (block(kind) == SUPER), report, name, w, times, str(case))
         for plane in planes_of(report, name, w):
             assert plane.unique_read == used * plane.size
-            in_part = block(kind) == SUPER and plane.name.endswith(
-                "sub_scales"
-            )  # less than a line, from where a row begins
-            if not in_part and not (straddles(kind) and plane.name.endswith(("quants", "values"))):
+            if plane.name.endswith("sub_scales"):
+                minima = ", with minima" * QUANT_TYPES[kind].has_mins
+                check_ratio("lines of groups' scales", plane.lines / plane.least_lines, f"{plane.name} of {case}")
+                check_ratio(
+                    f"groups' scales asked for{minima}", plane.read / (times * plane.size), f"{plane.name} of {case}"
+                )
+            elif not (straddles(kind) and plane.name.endswith(("quants", "values"))):
                 check_ratio("lines of weights", plane.lines / plane.least_lines, f"{plane.name} of {case}")
 
 

@@ -151,8 +151,23 @@ def test_auto_is_the_largest_context_that_fits(
 
 @pytest.mark.parametrize("context", [0, -1, 4097])
 def test_a_context_that_the_model_does_not_have_is_refused(context: int, model_file: MakeModel) -> None:
-    with pytest.raises(InputError, match=f"context is {context}; it must be 1 to 4,096"):
+    with pytest.raises(InputError, match=f"context is {context:,}; it must be 1 to 4,096, .* made for$"):
         open_model(model_file(TinySpec()), context=context)
+
+
+def test_a_refusal_names_the_largest_context_that_fits(model_file: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However small, and also where more is asked for than the model has."""
+    path = model_file(TinySpec())
+    needed = {context: open_model(path, context=context).memory.total for context in (100, 1000)}
+    for room, context, says in [
+        (needed[1000], 5000, r"it must be 1 to 4,096, .*; this machine has room for 1,0\d\d$"),
+        (needed[1000], 4000, r"a context of 4,000 tokens needs .*; --context 10\d\d would fit$"),
+        (needed[100], 4000, r"a context of 4,000 tokens needs .*; close .* or .* \(--context \d{3} would fit\)$"),
+        (1000, 4000, r"\d.gguf needs .* this machine has 1.0 kB to give; close .* smaller quantisation$"),
+    ]:
+        monkeypatch.setattr(memory, "machine_memory", lambda room=room: (room, "a test"))
+        with pytest.raises(InputError, match=says):
+            load_model(path, context=context)
 
 
 def test_16_bits_take_half_the_cache(model_file: MakeModel) -> None:

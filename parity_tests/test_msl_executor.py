@@ -300,6 +300,9 @@ BAD = {
         ),
         "outside a kernel|address space",
     ),
+    "simdgroup's number in a branch": Bad(
+        Call(IN_GRID + "if (i < 3) { y[i] = float(simdgroup_index_in_threadgroup); }"), "lanes must read this together"
+    ),
     "reserved name": Bad(Call(IN_GRID + "float quad = x[i]; y[i] = quad;"), "reserved name"),
     "include": Bad(Call(IN_GRID + "y[i] = x[i];", "#include <metal_math>\n"), "included|file not found"),
     "compiler's own name": Bad(Call(IN_GRID + "y[i] = __builtin_expf(x[i]);"), "two underscores"),

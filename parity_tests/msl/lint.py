@@ -52,6 +52,11 @@ def lint_text(unit: Unit) -> list[str]:
                 for m in shared_arrays(text)
                 if m[3] != ";"
             ]
+            hits += [
+                (m.start(), "in CUDA all lanes must read this together: not within braces")
+                for m in re.finditer(r"\bsimdgroup_index_in_threadgroup\b", bare)
+                if bare.count("{", 0, m.start()) != bare.count("}", 0, m.start())
+            ]
         else:
             hits += [(m.start(), f"threadgroup variable {m[1]!r} outside a kernel") for m in shared_arrays(text)]
             hits += _program_scope(bare)
