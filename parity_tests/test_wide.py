@@ -9,6 +9,7 @@ from glm_mlx.batch import Batch
 from glm_mlx.cache import KvBits
 from glm_mlx.engine import PREFILL_CHUNK, WIDE_CHUNK, Engine, prefill_chunk
 from glm_mlx.load import load_model
+from glm_mlx.make_tiny import GLM_FLASH
 from glm_mlx.model_cases import prompt_cases
 from glm_mlx.sampling import SamplingParams
 from kernels import wide
@@ -194,6 +195,12 @@ def test_a_layer_has_the_experts_of_a_few_tiles_at_a_time_beside_the_next(
 def test_a_prompt_in_16_bits_stays_near_the_reference(name: str, model_file: MakeModel, on_cuda: None) -> None:
     errors = list(compare_layers(model_file(VARIANTS[name]), tokens(MANY + 6), dtype=mx.bfloat16))
     assert_taps(errors, f"{name}, wide")
+
+
+def test_a_prompt_in_16_bits_stays_near_the_reference_at_full_width(model_file: MakeModel, on_cuda: None) -> None:
+    """Layer by layer, with tiles of every expert."""
+    errors = list(compare_layers(model_file(GLM_FLASH), tokens(MANY), dtype=mx.bfloat16))
+    assert_taps(errors, "full width, wide")
 
 
 def test_attention_of_a_prompt_takes_no_more_memory_for_more_queries(
