@@ -151,6 +151,7 @@ TURNS: list[tuple[Case, dict[str, int]]] = [  # K-quants whose scales a lane has
     (GateUp("Q5_K", 9, 2, 11, 1024, "Q4_K", 9), {"ROWS": 3, "SIMDGROUPS": 2, "DEPTH": 2}),
     (Down("Q4_1", 3, 2, 1408, 9, "Q6_K", 2816), {"ROWS": 2, "MAX_SIMDGROUPS": 4, "DEPTH": 6}),
     (Qmv(("Q4_K", "Q6_K"), (7, 5), 2304, tokens=2), {"ROWS": 2, "SIMDGROUPS": 2, "DEPTH": 9}),
+    (Qmv(("Q5_K", "Q6_K"), (5, 3), 1024), {"ROWS": 2, "SIMDGROUPS": 1, "DEPTH": 4}),
     (HeadQmv("Q4_K", 2, 9, 512), {"ROWS": 2, "SIMDGROUPS": 2, "DEPTH": 2}),
     (Mla(3, 20, 512, 16, kind="Q4_K", values=11), {"MERGE_ROWS": 2, "MERGE_SIMDGROUPS": 2}),
 ]
