@@ -318,8 +318,8 @@ def test_the_gpus_timeline_holds_kernels_and_graphs(monkeypatch: pytest.MonkeyPa
     asked: list[object] = []
 
     class Profile:
-        def __init__(self, activities: list[str]):
-            assert activities == ["cuda"]
+        def __init__(self, use_cpu: bool, use_device: str, use_kineto: bool):
+            assert (use_cpu, use_device, use_kineto) == (False, "cuda", True)
 
         def __enter__(self) -> "Profile":
             asked.append("on")
@@ -328,13 +328,14 @@ def test_the_gpus_timeline_holds_kernels_and_graphs(monkeypatch: pytest.MonkeyPa
         def __exit__(self, *_: object) -> None:
             asked.append("off")
 
-        def events(self) -> list[Event]:
+        @property
+        def function_events(self) -> list[Event]:
             return events
 
-    module = types.ModuleType("torch.profiler")
-    vars(module).update(profile=Profile, ProfilerActivity=types.SimpleNamespace(CUDA="cuda"))
-    monkeypatch.setitem(sys.modules, "torch", types.ModuleType("torch"))
-    monkeypatch.setitem(sys.modules, "torch.profiler", module)
+    modules = [types.ModuleType(name) for name in ("torch", "torch.autograd", "torch.autograd.profiler")]
+    vars(modules[-1]).update(profile=Profile)
+    for module in modules:
+        monkeypatch.setitem(sys.modules, module.__name__, module)
     found = gpu_time.record(lambda: asked.append("work"))
     assert asked == ["on", "work", "off"]
     assert [kernel.name for kernel in found.kernels] == ["first", "second"]
