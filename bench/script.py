@@ -103,7 +103,7 @@ def table(title: str, columns: Sequence[str], words: int = 1) -> Table:
 
 
 def counted(number: int, noun: str) -> str:
-    """ "1 round", "2 rounds"."""
+    """As in a sentence: 1 round, 2 rounds."""
     return f"{number:,} {noun}{'s' * (number != 1)}"
 
 

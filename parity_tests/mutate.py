@@ -103,7 +103,7 @@ REASONS = [
     (
         r"quants",
         r"-> (raw|load_quants)\b.*(\[0 / (32|2)\b|\[ahead (\*|/ 33|/ 3\b)|ahead / 32 \* 4|chunk, 0, raw)",
-        "of K-quants it is 0: turns have a way of their own",
+        "`ahead` is 0: what K-quants load ahead, they load in turns",
     ),
     (
         r"quants",
