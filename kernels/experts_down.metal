@@ -1,6 +1,6 @@
 // A threadgroup computes ROWS rows of one token. A slot is a chosen expert, or after those a part of the shared ones;
-// simdgroup i takes slots i, i + SIMDGROUPS, ... The simdgroups' sums meet in threadgroup memory and are added in order,
-// so the bits are the same in every run.
+// simdgroup i takes slots i, i + SIMDGROUPS, ... The simdgroups' sums meet in threadgroup memory and are added in
+// order, so the bits are the same in every run.
 threadgroup float partial[SIMDGROUPS * ROWS];
 constexpr int RESULTS = TOP_K * WIDTH + SHARED_WIDTH;  // of gate and up, for a token
 const uint lane = thread_index_in_simdgroup;

@@ -19,10 +19,10 @@ const uint first = (threadgroup_position_in_grid.x * uint(SIMDGROUPS) + simdgrou
 const uint head = threadgroup_position_in_grid.y;
 const uint query = threadgroup_position_in_grid.z;
 Raw raw[ROWS][DEPTH];
-decltype(load_turn<DEPTH>(V_B, 0u, 0u, 0u)) turn[ROWS];
+decltype(load_turn<DEPTH>(V_B, 0u, 0u, 0u)) asked[ROWS];
 #pragma unroll
 for (int r = 0; r < ROWS; ++r) {
-  turn[r] = load_turn<DEPTH>(V_B, head * uint(VALUES) + min(first + uint(r), uint(VALUES - 1)), 0, lane);
+  asked[r] = load_turn<DEPTH>(V_B, head * uint(VALUES) + min(first + uint(r), uint(VALUES - 1)), 0, lane);
 }
 #pragma unroll
 for (int d = 0; d < DEPTH; ++d) {
@@ -100,11 +100,11 @@ for (uint begin = 0; begin < uint(FOURS); begin += uint(THREADS)) {
 }
 threadgroup_barrier(mem_flags::mem_threadgroup);
 
-decltype(scales_of(V_B, turn[0], 0u)) scales[ROWS];
+decltype(scales_of(V_B, asked[0], 0u)) scales[ROWS];
 float sums[ROWS];
 #pragma unroll
 for (int r = 0; r < ROWS; ++r) {
-  scales[r] = scales_of(V_B, turn[r], lane);
+  scales[r] = scales_of(V_B, asked[r], lane);
   sums[r] = 0.0f;
 }
 #pragma unroll

@@ -3,13 +3,14 @@
 // Each type of weight is a struct of its planes. Its rows are counted over all leading dimensions, so that row r of
 // expert e is e * rows + r. COLS is the length of a row; chunk c of a row holds its values 8c .. 8c + 7.
 //
-//   load(w, row, chunk, ahead) -> Raw  the bytes of chunk + ahead; `ahead` is a constant, a multiple of 8 (of 32 for
-//                                      K-quants), and goes into the offset of the load itself
+//   load(w, row, chunk, ahead) -> Raw  the bytes of chunk + ahead; `ahead` is a constant, a multiple of 8, and goes
+//                                      into the offset of the load itself; for K-quants it is 0, see below
 //   decode(w, raw, chunk) -> Chunk     value = scale * quants[i] + minimum; chunk + ahead decodes alike
 //   dot(chunk, x)                      the sum of eight values times x
 //
-// Rows that a simdgroup reads a turn at a time, DEPTH chunks a lane, from a whole 256 values on, are loaded in two parts.
-// The scales of a K-quant, which many chunks share, are then loaded and multiplied out by one lane for all:
+// A row on which the 32 lanes of a simdgroup work together, DEPTH chunks of each a turn, is loaded in two parts. The
+// scales of a K-quant, which many chunks share, are then loaded and multiplied out by one lane for all. `row` and
+// `first` are the same in all lanes, and `first` is a multiple of 32:
 //
 //   load_turn<DEPTH>(w, row, first, lane) -> Turn   for the chunks from `first` on, where lane 0 begins
 //   load_own(w, row, chunk, ahead) -> Raw           all that is not in the Turn
@@ -342,16 +343,15 @@ struct SuperMin {
 };
 
 template <class CODE, int COLS>
-inline Raw load(SuperMin<CODE, COLS> w, uint row, uint chunk, int ahead) {
+inline Raw load(SuperMin<CODE, COLS> w, uint row, uint chunk, int) {
   const uint block = row * uint(COLS / 256) + chunk / 32;
   Raw raw;
-  load_quants<CODE, COLS>(w.quants, row, chunk, ahead, raw);
-  raw.scale = (w.scales + block)[ahead / 32];
-  raw.minimum = (w.mins + block)[ahead / 32];
-  const device uint32_t* sub = (const device uint32_t*)w.sub_scales + block * 3;
+  load_quants<CODE, COLS>(w.quants, row, chunk, 0, raw);
+  raw.scale = w.scales[block];
+  raw.minimum = w.mins[block];
 #pragma unroll
-  for (int i = 0; i < 3; ++i) {
-    raw.sub[i] = sub[ahead / 32 * 3 + i];
+  for (uint i = 0; i < 3; ++i) {
+    raw.sub[i] = ((const device uint32_t*)w.sub_scales)[block * 3 + i];
   }
   return raw;
 }
@@ -389,11 +389,11 @@ struct Super {
 };
 
 template <class CODE, int COLS>
-inline Raw load(Super<CODE, COLS> w, uint row, uint chunk, int ahead) {
+inline Raw load(Super<CODE, COLS> w, uint row, uint chunk, int) {
   Raw raw;
-  load_quants<CODE, COLS>(w.quants, row, chunk, ahead, raw);
-  raw.scale = (w.scales + (row * uint(COLS / 256) + chunk / 32))[ahead / 32];
-  raw.sub[0] = uint(int((w.sub_scales + (row * uint(COLS / 16) + chunk / 2))[ahead / 2]));
+  load_quants<CODE, COLS>(w.quants, row, chunk, 0, raw);
+  raw.scale = w.scales[row * uint(COLS / 256) + chunk / 32];
+  raw.sub[0] = uint(int(w.sub_scales[row * uint(COLS / 16) + chunk / 2]));
   return raw;
 }
 
@@ -433,18 +433,18 @@ inline auto decode_own(W w, Raw raw, Turn own, uint chunk) {
 
 // ---- for turns and SuperMin -----------------------------------------------------------------------------------------
 
-// Of four blocks, eight groups each: lane l has group l % 8 of block l / 8, the next four in the next of each array.
-template <int DEPTH>
+// Of FOURS times four blocks, eight groups each: lane l has group l % 8 of block l / 8 of each four.
+template <int FOURS>
 struct SuperMinTurn {
-  uint bytes[(DEPTH + 3) / 4][3];
-  float16_t scale[(DEPTH + 3) / 4];
-  float16_t minimum[(DEPTH + 3) / 4];
+  uint bytes[FOURS][3];
+  float16_t scale[FOURS];
+  float16_t minimum[FOURS];
 };
 
-template <int DEPTH>
+template <int FOURS>
 struct SuperMinScales {
-  float scale[(DEPTH + 3) / 4];
-  float minimum[(DEPTH + 3) / 4];
+  float scale[FOURS];
+  float minimum[FOURS];
 };
 
 struct SuperMinOwn {
@@ -453,8 +453,8 @@ struct SuperMinOwn {
 };
 
 template <int DEPTH, class CODE, int COLS>
-inline SuperMinTurn<DEPTH> load_turn(SuperMin<CODE, COLS> w, uint row, uint first, uint lane) {
-  SuperMinTurn<DEPTH> turn;
+inline SuperMinTurn<(DEPTH + 3) / 4> load_turn(SuperMin<CODE, COLS> w, uint row, uint first, uint lane) {
+  SuperMinTurn<(DEPTH + 3) / 4> turn;
 #pragma unroll
   for (int i = 0; i < (DEPTH + 3) / 4; ++i) {
     const uint block = row * uint(COLS / 256) + min(first / 32 + uint(4 * i) + lane / 8, uint(COLS / 256 - 1));
@@ -475,11 +475,11 @@ inline Raw load_own(SuperMin<CODE, COLS> w, uint row, uint chunk, int ahead) {
   return raw;
 }
 
-template <class CODE, int COLS, int DEPTH>
-inline SuperMinScales<DEPTH> scales_of(SuperMin<CODE, COLS> w, SuperMinTurn<DEPTH> turn, uint lane) {
-  SuperMinScales<DEPTH> scales;
+template <class CODE, int COLS, int FOURS>
+inline SuperMinScales<FOURS> scales_of(SuperMin<CODE, COLS> w, SuperMinTurn<FOURS> turn, uint lane) {
+  SuperMinScales<FOURS> scales;
 #pragma unroll
-  for (int i = 0; i < (DEPTH + 3) / 4; ++i) {
+  for (int i = 0; i < FOURS; ++i) {
     const SixBits two = six_bits(turn.bytes[i][0], turn.bytes[i][1], turn.bytes[i][2], lane % 8 >= 4);
     scales.scale[i] = float(turn.scale[i]) * float(two.scale);
     scales.minimum[i] = -(float(turn.minimum[i]) * float(two.minimum));
@@ -487,8 +487,8 @@ inline SuperMinScales<DEPTH> scales_of(SuperMin<CODE, COLS> w, SuperMinTurn<DEPT
   return scales;
 }
 
-template <class CODE, int COLS, int DEPTH>
-inline SuperMinOwn of_chunk(SuperMin<CODE, COLS> w, SuperMinScales<DEPTH> scales, int d, uint lane) {
+template <class CODE, int COLS, int FOURS>
+inline SuperMinOwn of_chunk(SuperMin<CODE, COLS> w, SuperMinScales<FOURS> scales, int d, uint lane) {
   const ushort from = ushort(uint(d % 4 * 8) + lane / 4);
   return SuperMinOwn{simd_shuffle(scales.scale[d / 4], from), simd_shuffle(scales.minimum[d / 4], from)};
 }
@@ -500,21 +500,21 @@ inline Chunk<true> decode_own(SuperMin<CODE, COLS> w, Raw raw, SuperMinOwn own, 
 
 // ---- for turns and Super --------------------------------------------------------------------------------------------
 
-// Of two blocks, sixteen groups each: lane l has group l % 16 of block l / 16, the next two in the next of each array.
-template <int DEPTH>
+// Of PAIRS of blocks, sixteen groups each: lane l has group l % 16 of block l / 16 of each pair.
+template <int PAIRS>
 struct SuperTurn {
-  int byte[(DEPTH + 1) / 2];
-  float16_t scale[(DEPTH + 1) / 2];
+  int byte[PAIRS];
+  float16_t scale[PAIRS];
 };
 
-template <int DEPTH>
+template <int PAIRS>
 struct SuperScales {
-  float scale[(DEPTH + 1) / 2];
+  float scale[PAIRS];
 };
 
 template <int DEPTH, class CODE, int COLS>
-inline SuperTurn<DEPTH> load_turn(Super<CODE, COLS> w, uint row, uint first, uint lane) {
-  SuperTurn<DEPTH> turn;
+inline SuperTurn<(DEPTH + 1) / 2> load_turn(Super<CODE, COLS> w, uint row, uint first, uint lane) {
+  SuperTurn<(DEPTH + 1) / 2> turn;
 #pragma unroll
   for (int i = 0; i < (DEPTH + 1) / 2; ++i) {
     const uint block = row * uint(COLS / 256) + min(first / 32 + uint(2 * i) + lane / 16, uint(COLS / 256 - 1));
@@ -531,18 +531,18 @@ inline Raw load_own(Super<CODE, COLS> w, uint row, uint chunk, int ahead) {
   return raw;
 }
 
-template <class CODE, int COLS, int DEPTH>
-inline SuperScales<DEPTH> scales_of(Super<CODE, COLS> w, SuperTurn<DEPTH> turn, uint lane) {
-  SuperScales<DEPTH> scales;
+template <class CODE, int COLS, int PAIRS>
+inline SuperScales<PAIRS> scales_of(Super<CODE, COLS> w, SuperTurn<PAIRS> turn, uint lane) {
+  SuperScales<PAIRS> scales;
 #pragma unroll
-  for (int i = 0; i < (DEPTH + 1) / 2; ++i) {
+  for (int i = 0; i < PAIRS; ++i) {
     scales.scale[i] = float(turn.scale[i]) * float(turn.byte[i]);
   }
   return scales;
 }
 
-template <class CODE, int COLS, int DEPTH>
-inline float of_chunk(Super<CODE, COLS> w, SuperScales<DEPTH> scales, int d, uint lane) {
+template <class CODE, int COLS, int PAIRS>
+inline float of_chunk(Super<CODE, COLS> w, SuperScales<PAIRS> scales, int d, uint lane) {
   return simd_shuffle(scales.scale[d / 2], ushort(uint(d % 2 * 16) + lane / 2));
 }
 
