@@ -98,13 +98,6 @@ REASONS = [
         r"-> for \(int r = 0; r <= ROWS",
         "one past an array of structs, whose address clang's check lets be formed; nobody reads it",
     ),
-    (r"quants", r"-> .*\[\(DEPTH (\+ [24]\) / [24]|\+ [13]\) \* [24])\]", "room for more groups"),
-    (r"quants", r"-> .*\[\(DEPTH \+ 3\) / 5\]", "the last array of a struct, which clang's check takes for longer"),
-    (
-        r"quants",
-        r"-> (raw|load_quants)\b.*(\[0 / (32|2)\b|\[ahead (\*|/ 33|/ 3\b)|ahead / 32 \* 4|chunk, 0, raw)",
-        "`ahead` is 0: what K-quants load ahead, they load in turns",
-    ),
     (
         r"quants",
         r"-> inline Raw load_own\(Super(Min)?<CODE, 0>",
