@@ -7,11 +7,16 @@ examples:
   python bench/tune.py -- --layers 4                          where memory is small
   python bench/tune.py --candidates found.json                in two steps: the search alone, and then
   python bench/tune.py --judge found.json                     the verdict on all that it found
+  python bench/tune.py --within -- --synthetic --layers 12    all launches of a token at once, within the model (NVIDIA)
 
 One parameter of a launch at a time (rows, simdgroups, chunks at once, splits of the context), beginning with what is in
 use, until no other value is faster. A shape that no device could run is never launched, one whose result is not the
 twin's, or not the same twice, is never timed. What is faster alone is a candidate: bench/ab.py then compares a block,
 and after that the whole model, with and without it, in fresh processes. Options after -- go to both benchmarks.
+
+Where the GPU tells the time of each launch (NVIDIA, with PyTorch installed), --within searches in whole tokens, as what
+is the fastest alone need not be there. Its verdict: old and new shapes in turns, the GPU's time for a token must be
+less, and bench/ab.py must not call decode.py slower by the clock, where the host may be the limit.
 
 The table is the user's own, which every run of the product reads; --ship writes to kernels/shapes.json as well, for the
 family of an Apple chip (Apple M3), but for one NVIDIA GPU by its name: those of one architecture differ too much. Where
@@ -19,227 +24,40 @@ no kernel is launched, there is nothing to tune.
 """
 
 import argparse
-import importlib
-import math
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 if __name__ == "__main__":  # the repository instead of this folder, whose names would hide others
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import mlx.core as mx
 
-from bench import ab, op_cases, script
+from bench import ab, gpu_time, op_cases, script
 from bench.conditions import conditions, describe
-from bench.op_cases import Case, Contestant
-from bench.op_timing import Link, Row, compile_first, measure
-from bench.paired import LEAST_PAIRS, Effect, judge
+from bench.op_timing import Link
+from bench.paired import LEAST_PAIRS
+from bench.search import Found, Search, label
 from bench.sides import with_table
+from bench.subject import add_arguments, open_subject, usable_depths
 from bench.timing import summarize
+from bench.within import TOKENS, WARM_UP, Within
 from glm_mlx.errors import InputError
 from glm_mlx.gguf import shown
 from glm_mlx.model import activation_dtype
 from kernels import launcher, shapes
-from kernels.check import difference
 from kernels.planes import QUANT_TYPES
 
-# What an op is asked to try, by the name of its constant: such values as the text of every kernel allows.
-VALUES = {
-    "ROWS": (1, 2, 4, 8),
-    "SIMDGROUPS": (1, 2, 4, 8),
-    "MAX_SIMDGROUPS": (1, 2, 4, 8),
-    "DEPTH": (1, 2, 3, 4, 6, 8),
-    "HEADS_AT_ONCE": (1, 2, 4, 8),
-    "ROWS_AT_ONCE": (1, 2, 4, 8),
-    "ROWS_OF_SPLIT": (16, 32, 64, 128, 256),
-    "MAX_SPLITS": (16, 32, 64, 128),
-    "MATRIX_HEADS": (8, 16, 24),
-    "MATRIX_THREADGROUPS": (66, 132, 198, 264),
-    "MATRIX_AHEAD": (1, 2),
-    "MERGE_ROWS": (1, 2, 4, 8),
-    "MERGE_SIMDGROUPS": (1, 2, 4, 8),
-}
-MOST_THREADS = 256  # of a threadgroup: with more, Apple's compiler may leave a thread too few registers
-PASSES = 3  # over the parameters of a launch, at most
 GATES: dict[str, tuple[str, ...]] = {
     "block": ("--depths", "512,4k,32k"),
     "decode": ("--depths", "0,4k,32k", "--fill", "random"),
 }
+DEPTH_WITHIN = 128  # tokens before: shapes of attention are of that context
 COLUMNS = ("shape", "type", "tried", "refused", "wrong", "in use", "found", "change (95% interval)")
-
-# Of each launch that a call makes, by (op, what it works on): its parameters.
-Shape: TypeAlias = Mapping[tuple[str, str], Mapping[str, int]]
-
-
-@dataclass
-class Found:
-    """What the search of a case came to. rows: every measurement, in order, with the shape that it is of."""
-
-    case: str
-    quant: str
-    start: Shape
-    best: Shape
-    effect: Effect | None = None  # of the best against the start, measured once more
-    tried: int = 0
-    refused: dict[str, str] = field(default_factory=dict)
-    wrong: dict[str, str] = field(default_factory=dict)
-    seconds: list[dict[str, list[float]]] = field(default_factory=list)
-
-    @property
-    def is_candidate(self) -> bool:
-        return self.effect is not None and self.effect.verdict == "faster"
-
-
-class Search:
-    """Of the shape of one case's launches."""
-
-    def __init__(self, case: Case, link: Link, rounds: int, smallest: float):
-        self.case, self.link, self.rounds, self.smallest = case, link, rounds, smallest
-        self.kernel = case.contestants["kernel"]
-        self.prepared: Shape | None = None  # what the launches that the ops keep are for
-        clear_launches()
-        with launcher.recording(), shapes.asking() as asked:
-            self.kernel.run(case.x, 0)
-        start = {(a.op, a.what): dict(a.values) for a in asked}
-        self.found = Found(case.what, case.quant, start, start)
-        self.judged: dict[str, str | None] = {}
-        self.expected: list[list[mx.array]] = []
-
-    def run(self) -> Found:
-        found = self.found
-        for _ in range(PASSES):
-            before = found.best
-            for key, parameters in found.start.items():
-                for name in parameters:
-                    self._vary(key, name)
-            if found.best == before:
-                break
-        if found.best != found.start:
-            # The best of many is partly luck, so it is measured once more.
-            found.effect = self._effects([found.best], found.start).get(label(found.best))
-        clear_launches()
-        return found
-
-    def _vary(self, key: tuple[str, str], name: str) -> None:
-        """Take the value of one parameter that is surely faster than the present one, if there is one."""
-        best = self.found.best
-        seen = {self._signature(best)}
-        others = []
-        for value in VALUES.get(name, ()):
-            shape = {**best, key: {**best[key], name: value}}
-            if self._problem(shape) is None and (signature := self._signature(shape)) not in seen:
-                seen.add(signature)
-                others.append(shape)
-        if not others:
-            return
-        effects = self._effects(others, best)
-        faster = [s for s in others if label(s) in effects and effects[label(s)].verdict == "faster"]
-        if faster:
-            self.found.best = min(faster, key=lambda shape: effects[label(shape)].change)
-
-    def _effects(self, others: Sequence[Shape], base: Shape) -> dict[str, Effect]:
-        """Of each against the base, measured in turns."""
-        named = {label(shape): shape for shape in (base, *others)}
-        ways = {name: Contestant(self._way(shape), self.kernel.nbytes) for name, shape in named.items()}
-        rows: list[Row] = []
-        measure(replace(self.case, contestants=ways), self.link, self.rounds, rows)
-        samples = {row.by: row.gpu or row.chain for row in rows if row.problem is None}
-        self.found.seconds.append(samples)
-        first = samples.get(label(base), [])
-        effects = {}
-        for name, values in samples.items():
-            usable = len(first) == len(values) >= LEAST_PAIRS and min(*first, *values) > 0
-            if name != label(base) and usable:
-                effects[name] = judge([b / a for a, b in zip(first, values, strict=True)], self.smallest)
-        return effects
-
-    def _problem(self, shape: Shape) -> str | None:
-        """Why a shape can't be used: never launched where it is refused, never timed where it is wrong."""
-        name = label(shape)
-        if name not in self.judged:
-            self.found.tried += 1
-            refused = self._refusal(shape)
-            wrong = None if refused else self._fault(shape)
-            if refused:
-                self.found.refused[name] = refused
-            if wrong:
-                self.found.wrong[name] = wrong
-            self.judged[name] = refused or wrong
-        return self.judged[name]
-
-    def _refusal(self, shape: Shape) -> str | None:
-        try:
-            launches = self._launches(shape)
-        except launcher.KernelRefusedError as error:
-            return str(error)
-        threads = max(math.prod(launch.threadgroup) for launch in launches)
-        return f"{threads} threads in a threadgroup, over {MOST_THREADS}" if threads > MOST_THREADS else None
-
-    def _fault(self, shape: Shape) -> str | None:
-        """What is wrong with its result, in words."""
-        sets = range(min(2, self.case.sets))
-        if not self.expected:
-            exact = self.case.x.astype(mx.float32)
-            self.expected = [list(self.case.contestants["twin"].run(exact, i)) for i in sets]
-            mx.eval(self.expected)
-        run = self._way(shape)
-        try:
-            compile_first(partial(run, self.case.x, 0))
-            for i in sets:
-                got, again = list(run(self.case.x, i)), list(run(self.case.x, i))
-                mx.eval(got, again)
-                if fault := difference(got, self.expected[i]):
-                    return fault
-                if any(not mx.array_equal(a, b, equal_nan=True) for a, b in zip(got, again, strict=True)):
-                    return "two runs give different results"
-        except (RuntimeError, ValueError) as error:
-            return "fails: " + " ".join(str(error).split())[:200]
-        return None
-
-    def _signature(self, shape: Shape) -> str:
-        """Equal for shapes that come to the same launches."""
-        launches = self._launches(shape)
-        return repr([(launch.template, launch.defines, launch.grid, launch.threadgroup) for launch in launches])
-
-    def _launches(self, shape: Shape) -> list[launcher.Launch]:
-        with self._using(shape), launcher.recording() as seen:
-            self.kernel.run(self.case.x, 0)
-        return [launch for launch, _ in seen]
-
-    def _way(self, shape: Shape) -> op_cases.Run:
-        def run(x: mx.array, i: int) -> Sequence[mx.array]:
-            with self._using(shape):
-                return self.kernel.run(x, i)
-
-        return run
-
-    @contextmanager
-    def _using(self, shape: Shape) -> Iterator[None]:
-        if shape != self.prepared:
-            clear_launches()
-            self.prepared = shape
-        with shapes.trying(shape):
-            yield
-
-
-def clear_launches() -> None:
-    """The ops forget the launches that they have prepared."""
-    for op in launcher.OPS:
-        module = importlib.import_module(f"kernels.{op}")
-        for value in vars(module).values():
-            if hasattr(value, "cache_clear") and value.__module__ == module.__name__:
-                value.cache_clear()
-
-
-def label(shape: Shape) -> str:
-    return "; ".join(", ".join(f"{name} {value}" for name, value in values.items()) for values in shape.values())
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -266,7 +84,13 @@ def main(argv: list[str] | None = None) -> int:
             if passes(str(args.judge), table, judged, options, args, kept["gates"]):
                 store(judged, device, args.ship)
                 kept["stored"] = True
-        for op in [] if args.judge else args.op:
+        if args.within:
+            made["within"] = kept = {"searches": [], "token": None, "gates": [], "stored": False}
+            new = search_within(options, args, table, device[0], kept)
+            if new != table and not slower_by_the_clock(table, new, options, args, kept["gates"]):
+                store(new, device, args.ship)
+                kept["stored"] = True
+        for op in [] if args.judge or args.within else args.op:
             made["ops"][op] = kept = {"searches": [], "gates": [], "stored": False}
             new = search_op(op, args, table, device[0], kept["searches"])
             if args.candidates:
@@ -301,6 +125,7 @@ def _arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--rounds", type=script.whole(LEAST_PAIRS), default=20, help="samples of a shape (default 20)")
     stage = parser.add_mutually_exclusive_group()
     stage.add_argument("--candidates", type=Path, metavar="FILE", help="only search, and add what wins to this table")
+    stage.add_argument("--within", action="store_true", help="search within the model, by the GPU's own time")
     stage.add_argument("--judge", type=Path, metavar="FILE", help="only judge this table, and store it if it wins")
     parser.add_argument("--ship", action="store_true", help="write what is stored to kernels/shapes.json too")
     ab.add_rule_arguments(parser)
@@ -330,6 +155,28 @@ def search_op(
     return table
 
 
+def search_within(
+    options: Sequence[str], args: argparse.Namespace, table: shapes.Table, device: str, kept: dict[str, Any]
+) -> shapes.Table:
+    """The table with what makes a token take less of the GPU's time. `kept` gets what was found."""
+    if not gpu_time.available():
+        raise InputError("this GPU does not tell the time of a launch: --within wants an NVIDIA GPU, and PyTorch")
+    parser = script.parser("tune --within --", None)
+    add_arguments(parser)
+    subject = open_subject(parser.parse_args(list(options) or ["--synthetic"]))
+    usable_depths(subject, [DEPTH_WITHIN], WARM_UP + TOKENS)
+    within = Within(subject.model, DEPTH_WITHIN, args.op, args.smallest)
+    try:
+        with script.NOTES.status("searching within the model"):
+            whole = within.run(max(args.pairs, LEAST_PAIRS))
+    finally:
+        kept["searches"] += map(_as_json, within.found)
+        show_search("within the model", within.found, [])
+    print(f"a token, by the GPU's time: {whole or 'nothing is faster'}")
+    kept["token"] = whole and whole.as_dict()
+    return with_candidates(table, within.found, device) if whole and whole.verdict == "faster" else table
+
+
 def searches(op: str, args: argparse.Namespace, notes: list[str]) -> Iterator[Found]:
     """The searches of an op's cases, as they end. `notes` gets why others were not made."""
     with script.NOTES.status(f"{op}: making weights") as status:
@@ -347,6 +194,13 @@ def searches(op: str, args: argparse.Namespace, notes: list[str]) -> Iterator[Fo
                     notes.append(f"{case.what}: its launch has no parameters that a table may set")
 
 
+def slower_by_the_clock(
+    old: shapes.Table, new: shapes.Table, options: Sequence[str], args: argparse.Namespace, gates: list[Any]
+) -> bool:
+    """Whether the whole model is; `gates` as for `passes`."""
+    return judged_by("decode", "all ops", old, new, options, args, gates).overall.verdict == "slower"
+
+
 def passes(
     op: str, old: shapes.Table, new: shapes.Table, options: Sequence[str], args: argparse.Namespace, gates: list[Any]
 ) -> bool:
@@ -354,27 +208,36 @@ def passes(
 
     `gates` gets what was measured, without a verdict where an end came on the way.
     """
-    for measured, own in GATES.items():
-        with tempfile.TemporaryDirectory(prefix="glm-mlx-tune-") as folder:
-            a = with_table("the shapes in use", old, Path(folder) / "a")
-            b = with_table(f"tuned shapes of {op}", new, Path(folder) / "b")
-            comparison = ab.Comparison(a, b, measured, (*own, *(options or ["--synthetic"])), args.smallest)
-            interrupted = True
-            try:
-                with script.NOTES.status(f"{op}: {measured}") as status:
-                    for text in ab.measure(comparison, args.pairs, args.rest):
-                        status.update(f"{op}, {measured}: {text}")
-                interrupted = False
-            finally:
-                no_verdict = {"verdict": None, "kept": None} if interrupted else {}
-                gates.append({**ab.as_json(comparison), **no_verdict, "interrupted": interrupted})
-        outcome = ab.Outcome.of(comparison)
-        print(f"{op}, {measured}: {outcome}")
-        if args.log:
-            ab.add_to_log(ab.log_line(outcome, f"launch shapes of {op}"))
-        if not outcome.passes:
-            return False
-    return True
+    return all(judged_by(measured, op, old, new, options, args, gates).passes for measured in GATES)
+
+
+def judged_by(
+    measured: str,
+    op: str,
+    old: shapes.Table,
+    new: shapes.Table,
+    options: Sequence[str],
+    args: argparse.Namespace,
+    gates: list[Any],
+) -> ab.Outcome:
+    with tempfile.TemporaryDirectory(prefix="glm-mlx-tune-") as folder:
+        a = with_table("the shapes in use", old, Path(folder) / "a")
+        b = with_table(f"tuned shapes of {op}", new, Path(folder) / "b")
+        comparison = ab.Comparison(a, b, measured, (*GATES[measured], *(options or ["--synthetic"])), args.smallest)
+        interrupted = True
+        try:
+            with script.NOTES.status(f"{op}: {measured}") as status:
+                for text in ab.measure(comparison, args.pairs, args.rest):
+                    status.update(f"{op}, {measured}: {text}")
+            interrupted = False
+        finally:
+            no_verdict = {"verdict": None, "kept": None} if interrupted else {}
+            gates.append({**ab.as_json(comparison), **no_verdict, "interrupted": interrupted})
+    outcome = ab.Outcome.of(comparison)
+    print(f"{op}, {measured}: {outcome}")
+    if args.log:
+        ab.add_to_log(ab.log_line(outcome, f"launch shapes of {op}"))
+    return outcome
 
 
 def with_candidates(table: shapes.Table, cases: Sequence[Found], device: str) -> shapes.Table:

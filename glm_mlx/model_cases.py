@@ -1,6 +1,6 @@
 """Every call of a kernel that a model makes."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 import mlx.core as mx
@@ -23,10 +23,11 @@ def _contexts(model: Model) -> list[int]:
     return [rows for rows in CONTEXTS if rows <= max(STEP, model.cfg.context_length)]
 
 
-def decode_cases(model: Model) -> list[Case]:
-    """The calls of a decoded token, in contexts of all kinds that the model has. Nothing is computed."""
+def decode_cases(model: Model, contexts: Sequence[int] = ()) -> list[Case]:
+    """The calls of a decoded token, in contexts of so many rows, or of all kinds that the model has. Nothing is
+    computed."""
     cfg, found = model.cfg, dict[object, Case]()
-    for context in _contexts(model):
+    for context in contexts or _contexts(model):
         values = mx.random.normal((1, context, model.row_format.values), key=mx.random.key(context))
         rows = [model.row_format.store(values)] * cfg.num_layers
         with _as_on_a_gpu(model), calls(model_module, model, tokens=1) as made:

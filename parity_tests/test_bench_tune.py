@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from bench import ab, conditions, op_cases, op_timing, script, tune
+from bench import search as search_module
 from bench.sides import Side
 from glm_mlx.errors import InputError
 from kernels import experts_down, launcher, shapes
@@ -38,7 +39,7 @@ def _own_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
 def forget() -> None:
     shapes._tables.cache_clear()
     shapes._from_tables.cache_clear()
-    tune.clear_launches()
+    search_module.clear_launches()
 
 
 def asked(op: str = "experts_down", what: str = "Q4_0 8x32", tokens: int = 1) -> tuple[int, ...]:
@@ -218,7 +219,7 @@ def test_every_shipped_shape_is_one_that_a_launch_of_the_real_widths_takes(monke
     for name, ops in shapes.read(shipped).items():
         monkeypatch.setattr(shapes, "device", lambda name=name: (name, "a family"))
         for op, entries in ops.items():
-            tune.clear_launches()
+            search_module.clear_launches()
             shapes._from_tables.cache_clear()
             shapes._tables.cache_clear()
             quants = [quant for quant in QUANT_TYPES if any(quant in what for what in entries)] or ["Q4_0"]
@@ -230,7 +231,7 @@ def test_every_shipped_shape_is_one_that_a_launch_of_the_real_widths_takes(monke
             got = {a.what: a.values for a in asked if a.op == op}
             for what, entry in entries.items():
                 assert entry.items() <= got[what].items()
-    tune.clear_launches()
+    search_module.clear_launches()
 
 
 def test_names_of_what_a_launch_works_on() -> None:
@@ -305,10 +306,10 @@ def test_what_is_tried_computes_the_same(case: Case, extreme: Callable[[tuple[in
     """Or is refused. A race between threads, or what lies outside a buffer, need not show in a result on a GPU."""
     with launcher.recording(), shapes.asking() as asked:
         case.kernel()
-    tune.clear_launches()
+    search_module.clear_launches()
     for a in asked:
-        assert a.values.keys() <= tune.VALUES.keys()
-    tried = {(a.op, a.what): {name: extreme(tune.VALUES[name]) for name in a.values} for a in asked}
+        assert a.values.keys() <= search_module.VALUES.keys()
+    tried = {(a.op, a.what): {name: extreme(search_module.VALUES[name]) for name in a.values} for a in asked}
     with shapes.trying(tried), suppress(launcher.KernelRefusedError):
         verify(case)
 
@@ -326,7 +327,7 @@ def case(monkeypatch: pytest.MonkeyPatch) -> Iterator[op_cases.Case]:
     monkeypatch.setattr(op_cases, "CFG", small)
     sizes = replace(op_cases.CPU, num_experts=6, layers=2, rotating_bytes=1 << 12)
     monkeypatch.setattr(op_cases, "GPU", sizes)
-    monkeypatch.setattr(tune, "VALUES", {"ROWS": (1, 2, 4), "DEPTH": (1, 8), "MAX_SIMDGROUPS": (2, 8)})
+    monkeypatch.setattr(search_module, "VALUES", {"ROWS": (1, 2, 4), "DEPTH": (1, 8), "MAX_SIMDGROUPS": (2, 8)})
     monkeypatch.setattr(tune, "activation_dtype", lambda: mx.float32)
     with executing():
         (made,) = op_cases.OPS["experts_down"]("Q4_0", mx.float32, sizes)
@@ -344,12 +345,12 @@ def timed_as(cost: Cost, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
             noise = mx.random.normal((rounds,), key=mx.random.key(1000 * len(timed) + i)).tolist()
             rows.append(op_timing.Row(case, name, chain=[seconds * (1 + 1e-3 * n) for n in noise]))
 
-    monkeypatch.setattr(tune, "measure", measure)
+    monkeypatch.setattr(search_module, "measure", measure)
     return timed
 
 
-def search(case: op_cases.Case) -> tune.Found:
-    return tune.Search(case, op_timing.Link(case.x.dtype, case.x.size), 10, 0.01).run()
+def search(case: op_cases.Case) -> search_module.Found:
+    return search_module.Search(case, op_timing.Link(case.x.dtype, case.x.size), 10, 0.01).run()
 
 
 def test_the_fastest_shape_is_found_and_measured_once_more(
@@ -391,8 +392,8 @@ def test_a_win_that_was_luck_is_no_candidate(case: op_cases.Case, monkeypatch: p
 def test_what_is_wrong_or_refused_is_never_timed_and_what_is_refused_never_launched(
     case: op_cases.Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tune, "VALUES", {"ROWS": (1, 2, 4, 8, 5000), "MAX_SIMDGROUPS": (2, 8)})
-    monkeypatch.setattr(tune, "MOST_THREADS", 64)
+    monkeypatch.setattr(search_module, "VALUES", {"ROWS": (1, 2, 4, 8, 5000), "MAX_SIMDGROUPS": (2, 8)})
+    monkeypatch.setattr(search_module, "MOST_THREADS", 64)
     shapes.write(shapes.user_file(), entry({"MAX_SIMDGROUPS": 2}, what=DOWN))
     timed = timed_as(lambda v: 1.0 / v["ROWS"], monkeypatch)
     launched: list[int] = []
@@ -641,15 +642,15 @@ def test_an_interrupted_gate_keeps_its_pairs_and_has_no_verdict(
 def test_an_interrupted_search_keeps_those_that_had_ended(
     gates: dict[str, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    search, searched = tune.Search.run, []
+    search, searched = search_module.Search.run, []
 
-    def stopping(self: tune.Search) -> tune.Found:
+    def stopping(self: search_module.Search) -> search_module.Found:
         searched.append(self)
         if len(searched) == 2:
             raise KeyboardInterrupt
         return search(self)
 
-    monkeypatch.setattr(tune.Search, "run", stopping)
+    monkeypatch.setattr(search_module.Search, "run", stopping)
     file, path = tmp_path / "found.json", tmp_path / "tune.json"
     arguments = ["--op", "experts_down", "--quant", "Q4_0,Q8_0", "--candidates", str(file), "--json", str(path)]
     assert tune.main(arguments) == 130
