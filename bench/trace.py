@@ -193,7 +193,7 @@ def decode(engine: Engine, sampler: Sampler, tokens: int, ahead: bool, phases: P
     int(sample.token)
     for _ in range(tokens):
         start, host = time.perf_counter(), time.thread_time()
-        following = sampler(engine._forward(sample.token))
+        following = sampler(engine._forward(sample.token[:, None]))
         built = time.perf_counter()
         mx.async_eval(following.arrays())
         sent, host = time.perf_counter(), time.thread_time() - host

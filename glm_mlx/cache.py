@@ -77,13 +77,12 @@ class LatentCache:
         self.advance(length)
 
     def reserve(self, length: int) -> list[mx.array]:
-        """The whole arrays, grown so that `length` more rows fit; every layer must have been updated before.
+        """The whole arrays, grown so that `length` more rows fit; of one sequence where nothing is there yet.
 
         Raises InputError past `limit`: before the launch of a kernel that would write there.
         """
-        first = self.rows[0]
-        assert first is not None
-        return [self._with_room(layer, first.shape[0], self.offset + length) for layer in range(len(self.rows))]
+        batch = 1 if self.rows[0] is None else self.rows[0].shape[0]
+        return [self._with_room(layer, batch, self.offset + length) for layer in range(len(self.rows))]
 
     def _with_room(self, layer: int, batch: int, end: int) -> mx.array:
         """The array of a layer, grown where it has fewer than `end` rows."""

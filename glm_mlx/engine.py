@@ -12,6 +12,7 @@ from glm_mlx.model_cases import launches
 from glm_mlx.sampling import Sample, Sampler, SamplingParams
 from kernels import wide
 from kernels.compiled import compile_ahead
+from kernels.launcher import MAX_TOKENS
 
 PREFILL_CHUNK = 512  # tokens
 WIDE_CHUNK = 2048  # where `kernels.wide` expands each weight once a chunk, for all its tokens
@@ -121,7 +122,7 @@ class Engine:
         now = time.perf_counter()
         stats.time_to_first_token, seconds = now - start, now - last
         for n in range(max_tokens):
-            ahead = sampler(self._forward(sample.token)) if n + 1 < max_tokens else None
+            ahead = sampler(self._forward(sample.token[:, None])) if n + 1 < max_tokens else None
             if ahead is not None:
                 mx.async_eval(ahead.arrays())  # the device goes on while the host looks at this token
             token = int(sample.token)
@@ -149,26 +150,34 @@ class Engine:
         self.stats.cached_tokens = known
         on_prefill(known, len(prompt))
         with wide.within(mx.get_active_memory() + self.cache.growth(len(prompt))):
-            for begin in range(known, len(prompt), self.chunk):
-                part = prompt[begin : begin + self.chunk]
-                hidden = self.model.hidden_states(mx.array([list(part)], mx.int32), self.cache)
+            while left := len(prompt) - len(self.tokens):
+                few = wide.are_few(left, self.model.dtype)
+                count = (MAX_TOKENS if left >= MAX_TOKENS else 1) if few else self.chunk
+                part = prompt[len(self.tokens) : len(self.tokens) + count]
+                tokens = mx.array([list(part)], mx.int32)
+                if few:
+                    made = logits = self._forward(tokens)
+                else:
+                    made = self.model.hidden_states(tokens, self.cache)
+                    logits = self.model.logits(made[:, -1:])[:, 0]  # computed of the last part alone
                 self.tokens += part  # first: Ctrl-C shows when the wait is over, and the rows are there then
                 try:
-                    mx.eval(hidden, [rows for rows in self.cache.rows if rows is not None])
+                    mx.eval(made, [rows for rows in self.cache.rows if rows is not None])
                 except Exception:  # out of memory, say
                     del self.tokens[-len(part) :]
                     raise
                 on_prefill(len(self.tokens), len(prompt))
-        logits = self.model.logits(hidden[:, -1:])[:, 0]
         mx.eval(logits)
         return logits
 
-    def _forward(self, token: mx.array) -> mx.array:
+    def _forward(self, tokens: mx.array) -> mx.array:
+        """tokens (1, L) -> the logits of the last, (1, vocabulary)"""
         if self._step is None:
-            return self.model.logits(self.model.hidden_states(token[:, None], self.cache))[:, 0]
-        rows = self.cache.reserve(1)
-        logits, rows = self._step(token[:, None], mx.array([self.cache.offset], mx.int32), rows)
-        self.cache.take(rows, 1)
+            return self.model.logits(self.model.hidden_states(tokens, self.cache)[:, -1:])[:, 0]
+        length = tokens.shape[1]
+        rows = self.cache.reserve(length)
+        logits, rows = self._step(tokens, mx.array([self.cache.offset], mx.int32), rows)
+        self.cache.take(rows, length)
         return logits
 
 

@@ -16,7 +16,7 @@ from kernels.planes import QuantizedTensor
 
 # Rows: what a cache begins with, and enough for each of the launches that longer contexts have.
 CONTEXTS = (STEP, 8 * STEP, 64 * STEP)
-CHUNK = 4  # tokens; for more than one token each kernel is compiled anew
+CHUNK = launcher.MAX_TOKENS  # tokens; for another number of tokens each kernel is compiled anew
 
 
 def _contexts(model: Model) -> list[int]:
@@ -38,14 +38,18 @@ def decode_cases(model: Model, contexts: Sequence[int] = ()) -> list[Case]:
 
 def chunk_cases(model: Model) -> list[Case]:
     """The calls for the last few tokens of a prompt. Nothing is computed."""
+    tokens = mx.zeros((1, CHUNK), mx.int32)
     with _as_on_a_gpu(model), calls(model_module, model, tokens=CHUNK) as made:
-        hidden = model.hidden_states(mx.zeros((1, CHUNK), mx.int32), model.new_cache())
-        model.logits(hidden)
+        if wide.are_few(CHUNK, model.dtype):
+            rows = [model.row_format.zeros(1, STEP)] * model.cfg.num_layers
+            model.step(tokens, mx.array([STEP - CHUNK], mx.int32), rows)
+        else:
+            model.logits(model.hidden_states(tokens, model.new_cache())[:, -1:])
     return made
 
 
 def launches(model: Model) -> list[Recorded]:
-    """What decoded tokens launch, in a context of any length, and long prompts. Nothing is computed.
+    """What decoded tokens launch, in a context of any length, and prompts. Nothing is computed.
 
     Up to a launch that would be refused, where there is one.
     """
@@ -53,7 +57,8 @@ def launches(model: Model) -> list[Recorded]:
         rows = STEP
         while rows <= _contexts(model)[-1]:  # a launch depends on the rows to a power of 2
             caches = [model.row_format.zeros(1, rows)] * model.cfg.num_layers
-            model.step(mx.zeros((1, 1), mx.int32), mx.array([rows - 1], mx.int32), caches)
+            for tokens in (1, CHUNK) if wide.are_few(CHUNK, model.dtype) else (1,):
+                model.step(mx.zeros((1, tokens), mx.int32), mx.array([rows - tokens], mx.int32), caches)
             rows *= 2
         for case in prompt_cases(model):
             case.run()

@@ -37,6 +37,7 @@ from kernels.planes import Weight
 from kernels.rows import RowFormat
 
 LEAST_TOKENS = 64  # from which on expanding a weight is cheaper than its float32 matmul
+FEW_TOKENS = 96  # of a prompt: as many are faster by the kernels of decode, `launcher.MAX_TOKENS` of them at a time
 TILES = 16  # whose experts are expanded at once: two matrices of 100 MB of GLM-4.7-Flash
 SCORES = 40 << 20  # values of 2 bytes
 UNDER_WAY = 3  # turns at most, beside the one that is handed over
@@ -54,6 +55,11 @@ def applies(tokens: int, dtype: mx.Dtype) -> bool:
     """Whether so many tokens are for this module. Not on Metal, where it was never measured, nor on a CPU, where 16
     bits are slow."""
     return tokens >= LEAST_TOKENS and dtype != mx.float32 and _on_cuda()
+
+
+def are_few(tokens: int, dtype: mx.Dtype) -> bool:
+    """Whether what is left of a prompt is for the kernels of decode. On CUDA alone, for the same reasons."""
+    return tokens <= FEW_TOKENS and dtype != mx.float32 and _on_cuda()
 
 
 def _on_cuda() -> bool:

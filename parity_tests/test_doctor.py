@@ -30,8 +30,8 @@ from glm_mlx.isolation import COMPILED, Isolated, LostError, Rows, Variant
 from glm_mlx.load import load_model
 from glm_mlx.make_tiny import TinySpec
 from glm_mlx.model import Model
-from glm_mlx.model_cases import CONTEXTS, chunk_cases, decode_cases
-from kernels import embed, experts_down, experts_gate_up, launcher, mla_decode, qmv
+from glm_mlx.model_cases import CHUNK, CONTEXTS, chunk_cases, decode_cases
+from kernels import embed, experts_down, experts_gate_up, launcher, mla_decode, qmv, wide
 from kernels.cases import Case
 from kernels.check import Result, check, difference
 from kernels.planes import QUANT_TYPES
@@ -138,9 +138,9 @@ def cases_of(file: str | Path, dtype: mx.Dtype = mx.bfloat16, tokens: int = 1, k
     ("composition", "dtype", "tokens"),
     [
         ("Unsloth Q4_0", mx.bfloat16, 1),
-        ("Q4_0, imatrix", mx.bfloat16, 4),
+        ("Q4_0, imatrix", mx.bfloat16, CHUNK),
         ("Q4_K_M", mx.float16, 1),
-        ("Unsloth Q4_K_M", mx.float16, 4),
+        ("Unsloth Q4_K_M", mx.float16, CHUNK),
         ("DeepSeek-V2-Lite Q4_0", mx.float32, 1),
     ],
     ids=str,
@@ -248,9 +248,13 @@ def test_a_value_of_8_bits_that_is_rounded_to_its_neighbour_is_no_difference() -
         assert "1 of 5 values" in str(difference([mx.array([far], mx.uint8)], [rows]))
 
 
+@pytest.mark.parametrize("by_step", [False, True], ids=["chunk", "by the kernels of decode"])
 @pytest.mark.parametrize("name", ["GLM Unsloth Q4_0", "DeepSeek-V2-Lite", "no shared expert, two dense layers"])
-def test_what_is_checked_for_a_model_is_what_it_launches(name: str, model_file: MakeModel) -> None:
+def test_what_is_checked_for_a_model_is_what_it_launches(
+    name: str, by_step: bool, model_file: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Not something like it: the same prepared launches, of the same weights."""
+    monkeypatch.setattr(wide, "are_few", lambda tokens, dtype: by_step)
     with with_kernels() as launches:
         model = load_model(model_file(variants.VARIANTS[name])).model
         with launcher.recording() as checked:
@@ -259,7 +263,11 @@ def test_what_is_checked_for_a_model_is_what_it_launches(name: str, model_file: 
         with launcher.recording() as launched:
             rows = [mx.zeros((1, STEP, model.cfg.cache_dim), model.dtype)] * model.cfg.num_layers
             model.step(mx.array([[1]]), mx.array([5]), rows)
-            model.logits(model.hidden_states(mx.array([[1, 2, 3, 4]]), model.new_cache()))
+            chunk = mx.ones((1, CHUNK), mx.int32)
+            if by_step:
+                model.step(chunk, mx.array([5]), rows)
+            else:
+                model.logits(model.hidden_states(chunk, model.new_cache())[:, -1:])
         assert not launches, "to record is not to launch"
         for launch, _ in launched:
             assert any(other is launch for other, _ in checked), launch.op
@@ -516,7 +524,7 @@ def test_a_slow_start_leaves_chunks_of_tokens_to_the_next(start: Start, monkeypa
     first = set(memory())
     assert all(", 1 tokens" in name for name in first)
     start()
-    assert {name for name in memory() if ", 4 tokens" in name} == set(memory()) - first != set()
+    assert {name for name in memory() if f", {CHUNK} tokens" in name} == set(memory()) - first != set()
 
 
 @NO_GPU
@@ -728,7 +736,7 @@ def test_the_whole_table_on_this_cpu(tmp_path: Path) -> None:
     assert all(row["error"] is None and row["microseconds"] is None for row in rows)
     assert {row["op"] for row in rows} == set(launcher.OPS)
     for op, types in {"experts_gate_up": "2 x Q4_0 + 2 x Q5_K", "experts_down": "Q4_K + Q6_K"}.items():
-        for tokens in ("1 token", "4 tokens"):
+        for tokens in ("1 token", f"{CHUNK} tokens"):
             assert {"op": op, "what": types, "activations": f"float32, {tokens}"}.items() <= next(
                 row.items()
                 for row in rows

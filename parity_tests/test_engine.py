@@ -11,6 +11,7 @@ from glm_mlx.errors import InputError
 from glm_mlx.make_tiny import TinySpec
 from glm_mlx.model import Model
 from glm_mlx.sampling import SamplingParams
+from kernels import wide
 from parity_tests.compare import load_whole, to_numpy
 from parity_tests.conftest import MakeModel
 from parity_tests.test_layers import tokens
@@ -95,6 +96,27 @@ def test_prefill_is_reported_chunk_by_chunk(model: Model) -> None:
     seen: list[tuple[int, int]] = []
     list(Engine(model, chunk=4).generate(tokens(10), GREEDY, 1, on_prefill=lambda *at: seen.append(at)))
     assert seen == [(0, 10), (4, 10), (8, 10), (10, 10)]
+
+
+@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize("known", [0, 30])
+def test_the_end_of_a_prompt_by_the_kernels_of_decode_gives_the_same(
+    model: Model, traced: bool, known: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where few tokens are left they go eight at a time, then one by one; as `traced`, as on a GPU."""
+    prompt = tokens(45)
+    expected = generate(Engine(model), prompt, 6)
+    for few in (20, 45):
+        monkeypatch.setattr(wide, "are_few", lambda tokens, dtype, few=few: tokens <= few)
+        engine, seen = Engine(model, chunk=16), list[int]()
+        if traced:
+            engine._step = model.step
+        list(engine.generate(prompt[:known] or [1], GREEDY, 1))
+        steps = engine.generate(prompt, GREEDY, 6, on_prefill=lambda done, total, seen=seen: seen.append(done))
+        assert [step.token for step in steps] == expected
+        by_eight = {(0, 20): [0, 16, 32, 40], (0, 45): [0, 8, 16, 24, 32, 40], (30, 20): [30, 38], (30, 45): [30, 38]}
+        last = by_eight[known, few][-1]  # then one by one
+        assert seen == [*by_eight[known, few], *range(last + 1, 46)]
 
 
 def test_a_prompt_is_allocated_at_once(model_file: MakeModel) -> None:
