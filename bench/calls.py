@@ -19,7 +19,7 @@ from glm_mlx.cache import STEP, TracedCache
 from glm_mlx.model import Cache, Model, decode_bytes
 from kernels import launcher
 from kernels.launcher import Launch
-from kernels.planes import QuantizedTensor, Weight
+from kernels.planes import Bundle, QuantizedTensor, Weight
 
 OF_CACHE = ("mla_decode", "attend")  # ops that read the rows of the cache
 
@@ -198,9 +198,11 @@ def _watching(
 
 
 def _leaves(value: Any) -> Iterator[Any]:
-    """The arrays and quantised weights in a value, at any depth."""
+    """The arrays and quantised weights in a value, at any depth; not those that only stand in the same array."""
     if isinstance(value, mx.array | QuantizedTensor):
         yield value
+    elif isinstance(value, Bundle):
+        return
     elif isinstance(value, Mapping):
         yield from _leaves([*value.values()])
     elif isinstance(value, list | tuple):

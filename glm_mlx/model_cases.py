@@ -16,7 +16,9 @@ from kernels.planes import QuantizedTensor
 
 # Rows: what a cache begins with, and enough for each of the launches that longer contexts have.
 CONTEXTS = (STEP, 8 * STEP, 64 * STEP)
-CHUNK = launcher.MAX_TOKENS  # tokens; for another number of tokens each kernel is compiled anew
+# Tokens. For another number of them each kernel is compiled anew. Not the most that kernels take, eight: for as many,
+# MLX's CUDA back end compiles the matmuls of their twins, for 17 s each.
+CHUNK = 4
 
 
 def _contexts(model: Model) -> list[int]:
@@ -57,7 +59,7 @@ def launches(model: Model) -> list[Recorded]:
         rows = STEP
         while rows <= _contexts(model)[-1]:  # a launch depends on the rows to a power of 2
             caches = [model.row_format.zeros(1, rows)] * model.cfg.num_layers
-            for tokens in (1, CHUNK) if wide.are_few(CHUNK, model.dtype) else (1,):
+            for tokens in (1, launcher.MAX_TOKENS) if wide.are_few(1, model.dtype) else (1,):
                 model.step(mx.zeros((1, tokens), mx.int32), mx.array([rows - tokens], mx.int32), caches)
             rows *= 2
         for case in prompt_cases(model):

@@ -37,7 +37,7 @@ from kernels.planes import Weight
 from kernels.rows import RowFormat
 
 LEAST_TOKENS = 64  # from which on expanding a weight is cheaper than its float32 matmul
-FEW_TOKENS = 96  # of a prompt: as many are faster by the kernels of decode, `launcher.MAX_TOKENS` of them at a time
+FEW_TOKENS = 80  # of a prompt: as many are faster by the kernels of decode, `launcher.MAX_TOKENS` of them at a time
 TILES = 16  # whose experts are expanded at once: two matrices of 100 MB of GLM-4.7-Flash
 SCORES = 40 << 20  # values of 2 bytes
 UNDER_WAY = 3  # turns at most, beside the one that is handed over

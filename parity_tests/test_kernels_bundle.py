@@ -8,6 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from bench.calls import record
 from glm_mlx.compositions import read_small
 from glm_mlx.load import load_model
 from glm_mlx.make_tiny import TinySpec
@@ -192,6 +193,9 @@ def test_a_model_on_a_gpu_moves_what_each_launch_reads_into_one_array(
     assert len({tuple(names[i - 2 : i + 3]) for i in middles}) == 1, "from q to o_proj"
     assert len({name for name in names if name.startswith("experts_")}) == 2
     assert not [name for name, old in loaded.items() if name.endswith("down_proj") and weights[name] is old]
+    own = [call.weights for call in record(model, weights, 9) if call.place.part in ("attention", "feed-forward")]
+    assert own.count(("gate",)) == model.cfg.num_layers - cfg.first_k_dense, "by the router's launch alone"
+    assert not [names for names in own if "gate" in names and len(names) > 1], "what stands in an array is not read"
     both = [m.logits(m.hidden_states(ids, m.new_cache())) for m in (model, load_model(file, mx.float32).model)]
     check("same path", to_numpy(both[0]), to_numpy(both[1]), f"{name}, bundled")
 

@@ -75,11 +75,14 @@ def straddles(kind: str) -> bool:
 @pytest.mark.parametrize("case", GLM, ids=str)
 def test_weights_are_fetched_once_in_whole_lines(case: Case) -> None:
     report = trace(case)
+    lines, least = 0, 0
     for name, w, times, used in weights_read(case):
         kind, _ = launcher.kind(w)
         check_fetched("weights fetched" + ", K-quants" * (block(kind) == SUPER), report, name, w, times, str(case))
         for plane in planes_of(report, name, w):
             assert plane.unique_read == used * plane.size
+            if not straddles(kind):
+                lines, least = lines + plane.lines, least + plane.least_lines
             if plane.name.endswith("sub_scales"):
                 minima = ", with minima" * QUANT_TYPES[kind].has_mins
                 check_ratio("lines of groups' scales", plane.lines / plane.least_lines, f"{plane.name} of {case}")
@@ -88,6 +91,8 @@ def test_weights_are_fetched_once_in_whole_lines(case: Case) -> None:
                 )
             elif not (straddles(kind) and plane.name.endswith(("quants", "values"))):
                 check_ratio("lines of weights", plane.lines / plane.least_lines, f"{plane.name} of {case}")
+    if least:
+        check_ratio("lines of weights", lines / least, f"all planes of {case}")
 
 
 @pytest.mark.parametrize("case", NARROW, ids=str)
