@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -223,9 +224,10 @@ def test_every_shipped_shape_is_one_that_a_launch_of_the_real_widths_takes(monke
             shapes._from_tables.cache_clear()
             shapes._tables.cache_clear()
             quants = [quant for quant in QUANT_TYPES if any(quant in what for what in entries)] or ["Q4_0"]
+            makers = [op_cases.OPS[op], *[op_cases.router_cases] * (op == "qmv")]
             with launcher.recording() as launches, shapes.asking() as asked:
-                for quant in quants:
-                    for case in op_cases.OPS[op](quant, mx.bfloat16, sizes):
+                for maker, quant in product(makers, quants):
+                    for case in maker(quant, mx.bfloat16, sizes):
                         case.contestants["kernel"].run(case.x, 0)
             assert launches
             got = {a.what: a.values for a in asked if a.op == op}
