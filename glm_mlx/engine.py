@@ -60,7 +60,7 @@ class Engine:
 
     `tokens` are the ids whose rows are in the cache. A prompt that begins with them is computed only from where it
     differs. `context`: how many tokens prompt and answer may have together, if less than the model was made for.
-    `chunk`: tokens of a prompt at once, by default as `prefill_chunk` says.
+    `chunk`: tokens of a prompt at once, by default as `prefill_chunk` says; of few that are left, `kernels.wide` says.
     """
 
     def __init__(self, model: Model, chunk: int | None = None, context: int | None = None):
@@ -151,18 +151,23 @@ class Engine:
         on_prefill(known, len(prompt))
         with wide.within(mx.get_active_memory() + self.cache.growth(len(prompt))):
             while left := len(prompt) - len(self.tokens):
-                few = wide.are_few(left, self.model.dtype)
-                count = (MAX_TOKENS if left >= MAX_TOKENS else 1) if few else self.chunk
+                few = wide.are_few(left, len(self.tokens), self.model.dtype)
+                count = self.chunk
+                if few:
+                    count = MAX_TOKENS if left >= MAX_TOKENS else 1  # for another number kernels were compiled anew
                 part = prompt[len(self.tokens) : len(self.tokens) + count]
                 tokens = mx.array([list(part)], mx.int32)
                 if few:
                     made = logits = self._forward(tokens)
                 else:
                     made = self.model.hidden_states(tokens, self.cache)
-                    logits = self.model.logits(made[:, -1:])[:, 0]  # computed of the last part alone
-                self.tokens += part  # first: Ctrl-C shows when the wait is over, and the rows are there then
+                    logits = self.model.logits(made[:, -1:])[:, 0]  # evaluated of the last part alone
+                arrays = [made, *(rows for rows in self.cache.rows if rows is not None)]
+                # First: Ctrl-C shows when the wait is over, and the rows are there then. Nothing may come between, as
+                # MLX does not know that a kernel is still to write them.
+                self.tokens += part
                 try:
-                    mx.eval(made, [rows for rows in self.cache.rows if rows is not None])
+                    mx.eval(arrays)
                 except Exception:  # out of memory, say
                     del self.tokens[-len(part) :]
                     raise

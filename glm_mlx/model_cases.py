@@ -11,14 +11,12 @@ from glm_mlx.model import Model, MoE
 from kernels import launcher, wide
 from kernels.cases import Case, calls, held
 from kernels.expand import expand
-from kernels.launcher import Recorded
+from kernels.launcher import MAX_TOKENS, Recorded
 from kernels.planes import QuantizedTensor
 
 # Rows: what a cache begins with, and enough for each of the launches that longer contexts have.
 CONTEXTS = (STEP, 8 * STEP, 64 * STEP)
-# Tokens. For another number of them each kernel is compiled anew. Not the most that kernels take, eight: for as many,
-# MLX's CUDA back end compiles the matmuls of their twins, for 17 s each.
-CHUNK = 4
+CHUNK = 4  # tokens; for another number of them each kernel is compiled anew
 
 
 def _contexts(model: Model) -> list[int]:
@@ -28,26 +26,33 @@ def _contexts(model: Model) -> list[int]:
 def decode_cases(model: Model, contexts: Sequence[int] = ()) -> list[Case]:
     """The calls of a decoded token, in contexts of so many rows, or of all kinds that the model has. Nothing is
     computed."""
-    cfg, found = model.cfg, dict[object, Case]()
-    for context in contexts or _contexts(model):
-        values = mx.random.normal((1, context, model.row_format.values), key=mx.random.key(context))
-        rows = [model.row_format.store(values)] * cfg.num_layers
-        with _as_on_a_gpu(model), calls(model_module, model, tokens=1) as made:
-            model.step(mx.zeros((1, 1), mx.int32), mx.array([context - 1], mx.int32), rows)
-        found.update((case.signature, case) for case in made)
-    return list(found.values())
+    return _step_cases(model, 1, contexts or _contexts(model))
 
 
 def chunk_cases(model: Model) -> list[Case]:
     """The calls for the last few tokens of a prompt. Nothing is computed."""
-    tokens = mx.zeros((1, CHUNK), mx.int32)
+    if _has_steps(model):
+        return _step_cases(model, MAX_TOKENS, _contexts(model))
     with _as_on_a_gpu(model), calls(model_module, model, tokens=CHUNK) as made:
-        if wide.are_few(CHUNK, model.dtype):
-            rows = [model.row_format.zeros(1, STEP)] * model.cfg.num_layers
-            model.step(tokens, mx.array([STEP - CHUNK], mx.int32), rows)
-        else:
-            model.logits(model.hidden_states(tokens, model.new_cache())[:, -1:])
+        hidden = model.hidden_states(mx.zeros((1, CHUNK), mx.int32), model.new_cache())
+        model.logits(hidden)
     return made
+
+
+def _has_steps(model: Model) -> bool:
+    """Whether few tokens of a prompt go through `Model.step`, `MAX_TOKENS` at a time."""
+    return wide.are_few(MAX_TOKENS, 0, model.dtype)
+
+
+def _step_cases(model: Model, tokens: int, contexts: Sequence[int]) -> list[Case]:
+    cfg, found = model.cfg, dict[object, Case]()
+    for context in contexts:
+        values = mx.random.normal((1, context, model.row_format.values), key=mx.random.key(context))
+        rows = [model.row_format.store(values)] * cfg.num_layers
+        with _as_on_a_gpu(model), calls(model_module, model, tokens=tokens) as made:
+            model.step(mx.zeros((1, tokens), mx.int32), mx.array([context - tokens], mx.int32), rows)
+        found.update((case.signature, case) for case in made)
+    return list(found.values())
 
 
 def launches(model: Model) -> list[Recorded]:
@@ -59,7 +64,7 @@ def launches(model: Model) -> list[Recorded]:
         rows = STEP
         while rows <= _contexts(model)[-1]:  # a launch depends on the rows to a power of 2
             caches = [model.row_format.zeros(1, rows)] * model.cfg.num_layers
-            for tokens in (1, launcher.MAX_TOKENS) if wide.are_few(1, model.dtype) else (1,):
+            for tokens in (1, MAX_TOKENS) if _has_steps(model) else (1,):
                 model.step(mx.zeros((1, tokens), mx.int32), mx.array([rows - tokens], mx.int32), caches)
             rows *= 2
         for case in prompt_cases(model):

@@ -93,10 +93,11 @@ def _launches(case: Case) -> list[Recorded]:
 
 
 def _smallest(cases: list[Case]) -> list[Case]:
-    """One of each variant."""
-    smallest: dict[tuple[str, str], Case] = {}
+    """One of each variant, and of each kernel that has it."""
+    smallest: dict[tuple[str, ...], Case] = {}
     for case in sorted(cases, key=lambda case: case.nbytes):
-        smallest.setdefault((case.variant, case.dtype), case)
+        kernels = [launch.op for launch, _ in _launches(case)]
+        smallest.setdefault((case.variant, case.dtype, *kernels), case)
     return list(smallest.values())
 
 

@@ -26,7 +26,7 @@ HERE = Path(__file__).resolve().parent
 MAX_THREADS = 1024  # in a threadgroup
 MAX_THREADGROUP_BYTES = 32 << 10
 MAX_BUFFERS = 31
-MAX_TOKENS = 8  # rows of activations that a decode kernel takes; with more, MLX's matmuls are faster
+MAX_TOKENS = 8  # rows of activations that a decode kernel takes at once
 LANES = 32
 
 # mx.fast.metal_kernel or mx.fast.cuda_kernel

@@ -293,11 +293,18 @@ def qmv_ops(x: mx.array, w: Weight) -> mx.array:
     x32 = x.astype(mx.float32)
     if isinstance(w, mx.array) or w.type.name == "IQ4_NL":
         return (x32 @ dequantize_ops(w).swapaxes(-1, -2)).astype(x.dtype)
-    terms = [
-        mx.quantized_matmul(part, w.quants, scales, biases, True, GROUP, w.type.bits)
-        for part, scales, biases in _affine_terms(x32, w)
+    # For eight rows MLX's CUDA back end takes a matmul that it must compile first, for 17 s; for fewer it has one.
+    halve = x.shape[-2] == launcher.MAX_TOKENS and mx.cuda.is_available()
+    ys = [
+        _sum(
+            [
+                mx.quantized_matmul(part, w.quants, scales, biases, True, GROUP, w.type.bits)
+                for part, scales, biases in _affine_terms(rows, w)
+            ]
+        )
+        for rows in (mx.split(x32, 2, axis=-2) if halve else [x32])
     ]
-    return _sum(terms).astype(x.dtype)
+    return (mx.concatenate(ys, axis=-2) if halve else ys[0]).astype(x.dtype)
 
 
 def head_qmv_ops(x: mx.array, w: Weight) -> mx.array:

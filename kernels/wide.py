@@ -37,7 +37,9 @@ from kernels.planes import Weight
 from kernels.rows import RowFormat
 
 LEAST_TOKENS = 64  # from which on expanding a weight is cheaper than its float32 matmul
-FEW_TOKENS = 80  # of a prompt: as many are faster by the kernels of decode, `launcher.MAX_TOKENS` of them at a time
+# Of a prompt: as many are faster by the kernels of decode, `launcher.MAX_TOKENS` of them at a time. Behind `FAR_ROWS`
+# half as many: there each token takes about twice as long, for it reads all rows by itself.
+FEW_TOKENS, FAR_ROWS = 80, 32_768
 TILES = 16  # whose experts are expanded at once: two matrices of 100 MB of GLM-4.7-Flash
 SCORES = 40 << 20  # values of 2 bytes
 UNDER_WAY = 3  # turns at most, beside the one that is handed over
@@ -57,9 +59,10 @@ def applies(tokens: int, dtype: mx.Dtype) -> bool:
     return tokens >= LEAST_TOKENS and dtype != mx.float32 and _on_cuda()
 
 
-def are_few(tokens: int, dtype: mx.Dtype) -> bool:
-    """Whether what is left of a prompt is for the kernels of decode. On CUDA alone, for the same reasons."""
-    return tokens <= FEW_TOKENS and dtype != mx.float32 and _on_cuda()
+def are_few(tokens: int, rows: int, dtype: mx.Dtype) -> bool:
+    """Whether so many tokens, behind so many rows, are for the kernels of decode if nothing follows them in a prompt.
+    On CUDA alone, for the same reasons."""
+    return tokens * (FAR_ROWS + rows) <= FEW_TOKENS * FAR_ROWS and dtype != mx.float32 and _on_cuda()
 
 
 def _on_cuda() -> bool:

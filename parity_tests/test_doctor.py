@@ -30,7 +30,7 @@ from glm_mlx.isolation import COMPILED, Isolated, LostError, Rows, Variant
 from glm_mlx.load import load_model
 from glm_mlx.make_tiny import TinySpec
 from glm_mlx.model import Model
-from glm_mlx.model_cases import CHUNK, CONTEXTS, chunk_cases, decode_cases
+from glm_mlx.model_cases import CHUNK, CONTEXTS, chunk_cases, decode_cases, launches
 from kernels import embed, experts_down, experts_gate_up, launcher, mla_decode, qmv, wide
 from kernels.cases import Case
 from kernels.check import Result, check, difference
@@ -254,8 +254,8 @@ def test_what_is_checked_for_a_model_is_what_it_launches(
     name: str, by_step: bool, model_file: MakeModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not something like it: the same prepared launches, of the same weights."""
-    monkeypatch.setattr(wide, "are_few", lambda tokens, dtype: by_step)
-    with with_kernels() as launches:
+    monkeypatch.setattr(wide, "are_few", lambda tokens, rows, dtype: by_step)
+    with with_kernels() as launched_now:
         model = load_model(model_file(variants.VARIANTS[name])).model
         with launcher.recording() as checked:
             for case in [*decode_cases(model), *chunk_cases(model)]:
@@ -263,12 +263,11 @@ def test_what_is_checked_for_a_model_is_what_it_launches(
         with launcher.recording() as launched:
             rows = [mx.zeros((1, STEP, model.cfg.cache_dim), model.dtype)] * model.cfg.num_layers
             model.step(mx.array([[1]]), mx.array([5]), rows)
-            chunk = mx.ones((1, CHUNK), mx.int32)
             if by_step:
-                model.step(chunk, mx.array([5]), rows)
+                model.step(mx.ones((1, launcher.MAX_TOKENS), mx.int32), mx.array([5]), rows)
             else:
-                model.logits(model.hidden_states(chunk, model.new_cache())[:, -1:])
-        assert not launches, "to record is not to launch"
+                model.logits(model.hidden_states(mx.ones((1, CHUNK), mx.int32), model.new_cache()))
+        assert not launched_now, "to record is not to launch"
         for launch, _ in launched:
             assert any(other is launch for other, _ in checked), launch.op
         first = {id(launch): arrays for launch, arrays in reversed(launched)}
@@ -276,6 +275,29 @@ def test_what_is_checked_for_a_model_is_what_it_launches(
             if id(launch) in first:
                 planes, own = (a[len(launch.inputs) :] for a in (arrays, first[id(launch)]))
                 assert all(a is b for a, b in zip(planes, own, strict=True))
+
+
+@pytest.mark.parametrize("by_step", [False, True])
+def test_what_is_compiled_ahead_is_of_all_numbers_of_tokens_that_run(
+    by_step: bool, model_file: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wide, "are_few", lambda tokens, rows, dtype: by_step)
+    model = Model(*read_small(model_file(SPEC)), mx.bfloat16)
+    tokens = {dict(launch.template)["QUERIES"] for launch, _ in launches(model) if launch.op == "mla_merge"}
+    assert tokens == ({1, launcher.MAX_TOKENS} if by_step else {1})
+
+
+def test_a_check_of_several_tokens_sees_rows_that_are_there(
+    model_file: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In zeros a row that is read wrongly looks like any other."""
+    monkeypatch.setattr(wide, "are_few", lambda tokens, rows, dtype: True)
+    cfg, weights = read_small(model_file(replace(NARROW, context_length=STEP)))
+    for kv_bits in (16, 8):
+        cases = chunk_cases(Model(cfg, weights, mx.bfloat16, kv_bits))  # type: ignore[arg-type]
+        caches = [case.arguments["cache"] for case in cases if case.op == "mla_decode"]
+        assert caches
+        assert all(int((rows != 0).sum()) > rows.size // 2 for rows in caches)
 
 
 # --- the quick part, at the start of generate

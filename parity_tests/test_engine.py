@@ -107,16 +107,67 @@ def test_the_end_of_a_prompt_by_the_kernels_of_decode_gives_the_same(
     prompt = tokens(45)
     expected = generate(Engine(model), prompt, 6)
     for few in (20, 45):
-        monkeypatch.setattr(wide, "are_few", lambda tokens, dtype, few=few: tokens <= few)
-        engine, seen = Engine(model, chunk=16), list[int]()
+        monkeypatch.setattr(wide, "are_few", lambda tokens, rows, dtype, few=few: tokens <= few)
+        engine, seen, stepped = Engine(model, chunk=16), list[int](), list[int]()
+
+        def step(tokens: mx.array, *rest: Any, stepped: list[int] = stepped) -> Any:
+            stepped.append(tokens.shape[1])
+            return model.step(tokens, *rest)
+
         if traced:
-            engine._step = model.step
+            engine._step = step
         list(engine.generate(prompt[:known] or [1], GREEDY, 1))
         steps = engine.generate(prompt, GREEDY, 6, on_prefill=lambda done, total, seen=seen: seen.append(done))
         assert [step.token for step in steps] == expected
         by_eight = {(0, 20): [0, 16, 32, 40], (0, 45): [0, 8, 16, 24, 32, 40], (30, 20): [30, 38], (30, 45): [30, 38]}
         last = by_eight[known, few][-1]  # then one by one
         assert seen == [*by_eight[known, few], *range(last + 1, 46)]
+        assert set(stepped) == ({1, 8} if traced else set())
+
+
+def test_a_step_of_eight_tokens_has_room_for_all_of_them(
+    model_file: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kernel writes their rows where the array ends, and MLX does not look."""
+    model = load_whole(model_file(TinySpec(context_length=600)))
+    prompt = [1 + i % 9 for i in range(STEP + 4)]
+    expected = generate(Engine(model), prompt, 3)
+    monkeypatch.setattr(wide, "are_few", lambda tokens, rows, dtype: tokens <= 8)
+    engine, rooms = Engine(model, chunk=STEP - 4), list[int]()
+
+    def step(tokens: mx.array, position: mx.array, rows: list[mx.array]) -> Any:
+        rooms.append(rows[0].shape[1] - int(position[0]) - tokens.shape[1])
+        return model.step(tokens, position, rows)
+
+    engine._step = step
+    monkeypatch.setattr(engine.cache, "expect", lambda rows: None)  # of a chat, which did not expect so many
+    assert generate(engine, prompt, 3) == expected
+    assert min(rooms) >= 0
+
+
+def test_ctrl_c_before_a_prompts_step_is_launched_forgets_its_tokens(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a kernel has not written yet MLX does not know to be missing."""
+    monkeypatch.setattr(wide, "are_few", lambda tokens, rows, dtype: True)
+    engine, prompt = Engine(model), tokens(20)
+
+    class Rows(list[mx.array]):
+        def __iter__(self) -> Any:
+            raise KeyboardInterrupt
+
+    forward = engine._forward
+
+    def interrupted(part: mx.array) -> mx.array:
+        logits = forward(part)
+        if engine.cache.offset == 16:
+            engine.cache.rows = Rows(engine.cache.rows)  # type: ignore[assignment,arg-type]
+        return logits
+
+    monkeypatch.setattr(engine, "_forward", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        generate(engine, prompt, 1)
+    assert engine.tokens == prompt[:8]
 
 
 def test_a_prompt_is_allocated_at_once(model_file: MakeModel) -> None:

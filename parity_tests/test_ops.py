@@ -8,6 +8,7 @@ from kernels import mla_decode
 from kernels.experts_down import experts_down_ops
 from kernels.experts_gate_up import experts_gate_up_ops
 from kernels.mla_decode import attend_ops, rope_ops
+from kernels.qmv import qmv_ops
 from kernels.route import Gating, Router, experts_of
 from parity_tests.budgets import check
 from parity_tests.test_quants import weight
@@ -207,3 +208,20 @@ def test_experts_agree_with_float64(tokens: int, shared: bool) -> None:
     choice = mx.stack([experts_of(choice), mx.array(weights).view(mx.uint32)], axis=-2)
     got = experts_down_ops(hidden, choice, down, w_down, None)
     check("matmul", np.array(got), want, "experts")
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q6_K", "IQ4_NL"])
+def test_eight_rows_are_two_matmuls_of_four_beside_cuda(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For eight MLX would compile another one first."""
+    w, _ = weight(kind, (48, 512))
+    x = mx.random.normal((2, 8, 512), key=mx.random.key(0))
+    whole, seen, matmul = qmv_ops(x, w), list[int](), mx.quantized_matmul
+
+    def noted(x: mx.array, *args: object) -> mx.array:
+        seen.append(x.shape[-2])
+        return matmul(x, *args)
+
+    monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(mx, "quantized_matmul", noted)
+    check("same path", qmv_ops(x, w), whole, f"{kind}, eight rows in two")
+    assert set(seen) == (set() if kind == "IQ4_NL" else {4})

@@ -45,6 +45,11 @@ def test_only_many_tokens_in_16_bits_on_cuda_come_here(monkeypatch: pytest.Monke
         assert wide.applies(MANY, mx.float16) == on_cuda
         assert not wide.applies(MANY - 1, mx.bfloat16)
         assert not wide.applies(MANY, mx.float32)
+        few, far = wide.FEW_TOKENS, wide.FAR_ROWS
+        for most, rows in ((few, 0), (few // 2, far), (few // 4, 3 * far)):
+            assert wide.are_few(most, rows, mx.bfloat16) == wide.are_few(1, rows, mx.float16) == on_cuda
+            assert not wide.are_few(most + 1, rows, mx.bfloat16)
+            assert not wide.are_few(most, rows, mx.float32)
 
 
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
