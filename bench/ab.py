@@ -98,7 +98,7 @@ class Outcome:
 
     @property
     def passes(self) -> bool:
-        return self.overall.verdict == "faster" and self._objection is None
+        return self.overall.verdict == "faster" and self.objection is None
 
     @property
     def kept(self) -> str:
@@ -109,12 +109,12 @@ class Outcome:
         effect = self.overall
         found = effect.verdict if effect.verdict == "no difference" else f"B is {effect.verdict}"
         then = FASTER[self.comparison.measure][0] if self.passes else "rejected"
-        if effect.verdict == "faster" and self._objection:
-            then += f", as {self._objection}"
+        if effect.verdict == "faster" and self.objection:
+            then += f", as {self.objection}"
         return f"{found}: {effect} of the time, {effect.pairs} pairs; {then}"
 
     @property
-    def _objection(self) -> str | None:
+    def objection(self) -> str | None:
         """What is said against something faster."""
         if "B" in self.comparison.wrong:
             return "its kernels compute something else than their twins"
