@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import glm_mlx.model
-from bench import gpu_time, op_cases, op_timing, tune
+from bench import gpu_time, op_cases, op_timing, search
 from glm_mlx.load import load_model
 from glm_mlx.model import decode_bytes
 from glm_mlx.small import SMALL_MODEL
@@ -163,7 +163,7 @@ def executed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], dict[s
 
     def measured(op: str) -> dict[str, list[Any]]:
         rows: dict[str, list[Any]] = {}
-        tune.clear_launches()
+        search.clear_launches()
         with executing():
             for case in op_cases.OPS[op]("Q4_0", mx.bfloat16, sizes):
                 link = op_timing.Link(case.x.dtype, case.x.size)
@@ -171,7 +171,7 @@ def executed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], dict[s
         return rows
 
     yield measured
-    tune.clear_launches()
+    search.clear_launches()
 
 
 @pytest.mark.parametrize(
