@@ -49,6 +49,13 @@ BUDGETS = {
     ),
     "cache fetched": Budget(1.01, "lines that two splits share; worst seen 1.005"),
     "lines of weights": Budget(1 / 0.9, "lines that the loads touch, over the fewest: coalescing of 90 %"),
+    "lines of weights in two loads": Budget(
+        2.0,
+        "what a lane has is two words or two loads, one after the other: each touches every line, the second finds it",
+    ),
+    "lines of weights, narrow": Budget(
+        1.42, "rows of 768 or 1408 columns begin and end within a line; worst seen 1.417 (Q4_1)"
+    ),
     "lines of groups' scales": Budget(
         1.3, "12 bytes a block, four at a time, from where a row begins: less than a line; worst seen 1.25"
     ),

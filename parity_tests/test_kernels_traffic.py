@@ -89,8 +89,10 @@ def test_weights_are_fetched_once_in_whole_lines(case: Case) -> None:
                 check_ratio(
                     f"groups' scales asked for{minima}", plane.read / (times * plane.size), f"{plane.name} of {case}"
                 )
-            elif not (straddles(kind) and plane.name.endswith(("quants", "values"))):
-                check_ratio("lines of weights", plane.lines / plane.least_lines, f"{plane.name} of {case}")
+            else:
+                twice = straddles(kind) and plane.name.endswith(("quants", "values"))
+                budget = "lines of weights" + " in two loads" * twice
+                check_ratio(budget, plane.lines / plane.least_lines, f"{plane.name} of {case}")
     if least:
         check_ratio("lines of weights", lines / least, f"all planes of {case}")
 
@@ -100,6 +102,10 @@ def test_rows_of_part_of_a_line_cost_little_more(case: Case) -> None:
     report = trace(case)
     for name, w, times, _ in weights_read(case):
         check_fetched("weights fetched, narrow", report, name, w, times, str(case))
+        if not straddles(launcher.kind(w)[0]):
+            for plane in planes_of(report, name, w):
+                if not plane.name.endswith("sub_scales"):
+                    check_ratio("lines of weights, narrow", plane.lines / plane.least_lines, f"{plane.name} of {case}")
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["bfloat16", "8 bits"])
