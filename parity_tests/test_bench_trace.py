@@ -257,7 +257,7 @@ def test_commits_by_operations_and_by_elements() -> None:
 
 def test_limits_come_from_the_device_and_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     assert commits.limits() is None  # a CPU
-    monkeypatch.delenv("MLX_MAX_OPS_PER_BUFFER", raising=False)  # which glm_mlx sets on Linux
+    monkeypatch.delenv("MLX_MAX_OPS_PER_BUFFER", raising=False)
     info = {"architecture": "applegpu_g14s", "compute_capability_major": 9, "compute_capability_minor": 0}
     monkeypatch.setattr(mx, "device_info", lambda: info)
     monkeypatch.setattr(commits, "back_end", lambda: "metal")

@@ -100,9 +100,18 @@ def test_agrees_with_float64_at_real_shapes(case: Mla) -> None:
     verify(case, "fast")
 
 
-def test_agrees_with_float64_at_the_end_of_the_longest_context() -> None:
+@pytest.mark.parametrize(
+    "case",
+    [
+        Mla(1, 202_752, 64, 8, room=0),
+        Mla(1, 202_752, 64, 8, dtype=mx.bfloat16, room=0),
+        Mla(1, 202_752, 64, 8, packed=True, room=0),
+    ],
+    ids=["float32", "bfloat16, by matrices", "8 bits"],
+)
+def test_agrees_with_float64_at_the_end_of_the_longest_context(case: Mla) -> None:
     """RoPE's angles are largest there."""
-    verify(Mla(1, 202_752, 64, 8, room=0), "fast")
+    verify(case, "fast")
 
 
 # 16 values a lane: latents that leave lanes without any, and one that does not.

@@ -11,7 +11,7 @@ import pytest
 from kernels import experts_down, experts_gate_up, launcher, mla_decode, qmv
 from kernels.planes import QUANT_TYPES, SUPER, Weight, planes
 from parity_tests.budgets import BUDGETS, record
-from parity_tests.kernel_cases import KINDS, Case, Down, GateUp, Mla, Qmv, block, on_gpu
+from parity_tests.kernel_cases import KINDS, Case, Down, GateUp, HeadQmv, Mla, Qmv, block, on_gpu
 from parity_tests.msl import BufferTraffic, LaunchReport, executing
 
 ROWS = 64  # whole threadgroups
@@ -106,6 +106,19 @@ def test_rows_of_part_of_a_line_cost_little_more(case: Case) -> None:
             for plane in planes_of(report, name, w):
                 if not plane.name.endswith("sub_scales"):
                     check_ratio("lines of weights, narrow", plane.lines / plane.least_lines, f"{plane.name} of {case}")
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q8_0", "Q4_K"])
+def test_matrices_of_heads_are_fetched_once(kind: str) -> None:
+    """k_b, whose rows of 192 columns end within a line, and v_b, behind the attention's splits."""
+    if block(kind) != SUPER:
+        absorbing = HeadQmv(kind, 2, 64, 192)
+        check_fetched("weights fetched, narrow", trace(absorbing), "w0", absorbing.inputs[1], 1.0, str(absorbing))
+    merging = Mla(4, 40, 512, 64, kind=kind, values=256)
+    with executing() as reports:
+        mx.eval(merging.kernel())
+    budget = "weights fetched" + ", K-quants" * (block(kind) == SUPER)
+    check_fetched(budget, reports[-1], "v_b", merging.v_b, 1.0, str(merging))
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["bfloat16", "8 bits"])
