@@ -45,7 +45,7 @@ Shape: TypeAlias = Mapping[tuple[str, str], Mapping[str, int]]
 
 @dataclass
 class Found:
-    """What the search of a case came to. rows: every measurement, in order, with the shape that it is of."""
+    """What the search of a case came to. seconds: every measurement, in order, by the shape that it is of."""
 
     case: str
     quant: str

@@ -220,13 +220,6 @@ def searches(op: str, args: argparse.Namespace, notes: list[str]) -> Iterator[Fo
                     notes.append(f"{case.what}: its launch has no parameters that a table may set")
 
 
-def slower_by_the_clock(
-    old: shapes.Table, new: shapes.Table, options: Sequence[str], args: argparse.Namespace, gates: list[Any]
-) -> bool:
-    """Whether the whole model is; `gates` as for `passes`."""
-    return judged_by("decode", "all ops", old, new, options, args, gates).overall.verdict == "slower"
-
-
 def passes(
     op: str, old: shapes.Table, new: shapes.Table, options: Sequence[str], args: argparse.Namespace, gates: list[Any]
 ) -> bool:
@@ -253,6 +246,7 @@ def judged_by(
     args: argparse.Namespace,
     gates: list[Any],
 ) -> ab.Outcome:
+    """What became of the new table in one benchmark. `gates` gets what was measured, whatever ends it."""
     with tempfile.TemporaryDirectory(prefix="glm-mlx-tune-") as folder:
         a = with_table("the shapes in use", old, Path(folder) / "a")
         b = with_table(f"tuned shapes of {op}", new, Path(folder) / "b")

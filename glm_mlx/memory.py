@@ -137,7 +137,7 @@ def plan_memory(
     def plan(tokens: int, largest: int = 0) -> MemoryPlan:
         cache = cfg.num_layers * whole_steps(tokens) * rows.nbytes
         scratch = _scratch_nbytes(cfg, beside, dtype, rows, chunk, tokens)
-        if wide.applies(min(chunk, tokens), dtype):  # then few tokens alone are computed as elsewhere: by twins, say
+        if wide.applies(min(chunk, tokens), dtype):  # then at most few tokens are computed as elsewhere
             few = _scratch_nbytes(cfg, beside, dtype, rows, FEW, tokens)
             scratch = max(few, _wide_nbytes(cfg, rows, chunk, tokens))
         return MemoryPlan(tokens, weights, cache, scratch, min(scratch, MOST_KEPT), available, source, largest)

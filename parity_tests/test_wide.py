@@ -208,6 +208,20 @@ def test_a_prompt_in_16_bits_stays_near_the_reference_at_full_width(model_file: 
     assert_taps(errors, "full width, wide")
 
 
+def test_a_prompt_in_16_bits_is_as_near_to_float32_in_any_chunks(model_file: MakeModel, on_cuda: None) -> None:
+    """On both sides of where expanding begins, and with an end by steps of eight tokens."""
+    file, prompt = model_file(VARIANTS["GLM Q4_0, output Q6_K"]), tokens(250)
+    exact = Engine(load_model(file, mx.float32).model)._prefill(prompt, lambda *_: None)
+    model = load_model(file, mx.bfloat16).model
+    for chunk in (MANY - 1, MANY, MANY + 1, 200, len(prompt)):
+        parts = list[int]()
+        logits = Engine(model, chunk=chunk)._prefill(prompt, lambda done, _, parts=parts: parts.append(done))
+        assert parts[1] == chunk
+        if chunk < len(prompt):
+            assert parts[-2] == len(prompt) - 1, "the last ones one by one"
+        check("logits, 16-bit", to_numpy(logits), to_numpy(exact), f"chunks of {chunk}")
+
+
 def test_attention_of_a_prompt_takes_no_more_memory_for_more_queries(
     on_cuda: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

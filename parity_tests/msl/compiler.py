@@ -52,8 +52,8 @@ MODES = {
         ),
         *("-fno-builtin", "-fno-finite-loops", "-ftrivial-auto-var-init=pattern", "-fno-delete-null-pointer-checks"),
         "-fsanitize-coverage=edge,no-prune,trace-pc-guard,trace-loads,trace-stores",
-        # array-bounds and not bounds: the latter brings local-bounds, which traps instead of calling us.
         "-fstrict-flex-arrays=3",  # else the last array of a struct may be any length
+        # array-bounds and not bounds: the latter brings local-bounds, which traps instead of calling us.
         "-fsanitize=array-bounds,shift,integer-divide-by-zero,float-cast-overflow,signed-integer-overflow,return",
         "-fsanitize-recover=all",
     ],
