@@ -106,7 +106,8 @@ def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pyte
         with console.capture() as capture:
             console.print(table)
         terminalreporter.write_line(capture.get())
-    terminalreporter.write_line(f"order of tests: --randomly-seed={config.getoption('randomly_seed')}")
+    if (seed := config.getoption("randomly_seed", None)) is not None:
+        terminalreporter.write_line(f"order of tests: --randomly-seed={seed}")
     if path := config.getoption("--errors-to"):
         counts = {outcome: len(terminalreporter.stats.get(outcome, [])) for outcome in ("passed", "failed", "error")}
         conditions = {
