@@ -15,6 +15,7 @@ refused by `launcher.prepare`.
 
 import hashlib
 import json
+import os
 import re
 import sys
 from collections.abc import ItemsView, Iterator, Mapping, Sequence
@@ -27,7 +28,7 @@ from typing import Any, TypeAlias
 
 import mlx.core as mx
 
-from kernels.cache_folder import cache_folder, write_whole
+from kernels.cache_folder import cache_folder, read_own, write_whole
 
 HERE = Path(__file__).resolve().parent
 SHIPPED = HERE / "shapes.json"
@@ -106,9 +107,10 @@ def user_file() -> Path:
 
 
 def read(path: Path) -> Table:
-    """Raises OSError, or ValueError that says what is wrong."""
+    """Raises OSError, or ValueError that says what is wrong. The user's own must be a file in a private folder."""
     try:
-        table: Table = json.loads(path.read_bytes())
+        content = read_own(path) if path == user_file() else path.read_bytes()
+        table: Table = json.loads(content)
     except (ValueError, RecursionError):
         raise ValueError("no JSON") from None
     for device_name, ops in _items(table, "the table"):
@@ -166,7 +168,8 @@ def _tables() -> list[tuple[Path, Table]]:
         except FileNotFoundError:
             pass
         except (OSError, ValueError) as error:
-            _note(f"cannot use the launch shapes of {path} ({error}); mend or remove it")
+            if os.path.lexists(path):  # else it is a cache folder that is not used
+                _note(f"cannot use the launch shapes of {path} ({error}); mend or remove it")
     return tables
 
 

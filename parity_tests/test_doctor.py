@@ -440,6 +440,40 @@ def test_a_cache_folder_that_cannot_be_written_does_no_harm(
     assert len(checked) == 2 * once > 0, "checked at each start"
 
 
+def test_a_memory_that_another_user_could_have_written_is_none(start: Start, checked: list[Case]) -> None:
+    start()
+    once = len(checked)
+    folder = Path(os.environ["XDG_CACHE_HOME"]) / "glm-mlx"
+    (file,) = folder.glob("kernels-*.json")
+    file.symlink_to(file.rename(folder / "elsewhere"))
+    assert start()[0] == []
+    assert len(checked) == 2 * once > 0, "a link"
+    folder.chmod(0o777)
+    assert start()[0] == []
+    assert len(checked) == 3 * once, "a folder of all"
+
+
+def test_the_mark_of_a_check_overwrites_nobodys_file(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its name can be known before: a link may stand there."""
+    folder, victim, marks = Path(os.environ["XDG_CACHE_HOME"]) / "glm-mlx", tmp_path / "victim", set[Path]()
+
+    def look(case: Case, timed: bool) -> Result:
+        marks.update(folder.glob("*.running"))
+        return Result(True, True)
+
+    monkeypatch.setattr(self_test, "check", look)
+    start()
+    for file in folder.glob("kernels-*.json"):
+        file.unlink()
+    victim.write_text("kept")
+    (mark,) = marks
+    mark.symlink_to(victim)
+    assert start()[0] == []
+    assert victim.read_text() == "kept"
+
+
 @pytest.mark.parametrize("content", ["", "[]", '{"outcomes": [1]}', '{"outcomes": null}', "\x00\xff"])
 def test_a_damaged_memory_is_as_good_as_none(content: str, start: Start, checked: list[Case]) -> None:
     start()
