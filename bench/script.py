@@ -11,16 +11,16 @@ from typing import Any
 
 import mlx.core as mx
 from rich import box
-from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
 from glm_mlx import command
+from glm_mlx.console import Console
 from glm_mlx.errors import InputError, is_out_of_memory
-from glm_mlx.gguf import shown
 from kernels.cache_folder import private_folder
 from kernels.launcher import KernelRefusedError
 from kernels.shapes import user_file
+from kernels.shown import shown
 
 WIDE = Console(width=1000).options
 NOTES = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)

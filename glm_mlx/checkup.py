@@ -17,16 +17,15 @@ from typing import Any
 
 import mlx.core as mx
 from gguf.constants import GGMLQuantizationType
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from glm_mlx.cache import KvBits
 from glm_mlx.compositions import COMPOSITIONS, NARROW, WIDTHS
 from glm_mlx.config import Config
+from glm_mlx.console import Console
 from glm_mlx.engine import prefill_chunk
 from glm_mlx.errors import InputError
-from glm_mlx.gguf import shown
 from glm_mlx.isolation import Isolated, LostError, Rows, Variant
 from glm_mlx.load import open_model
 from glm_mlx.make_tiny import GLM_FLASH, make_tiny, metadata, tensor_shapes, type_of
@@ -35,6 +34,7 @@ from glm_mlx.model import activation_dtype
 from glm_mlx.self_test import remembered_failures
 from kernels import launcher
 from kernels.check import Result, machine
+from kernels.shown import shown
 
 NO_GPU = "There is no GPU here. Kernels need one: Metal or CUDA. These are their twins, in MLX's own operations."
 LAYERS, VOCABULARY = 47, 154_880  # of GLM-4.7-Flash; its widths are those of GLM_FLASH
@@ -197,11 +197,11 @@ def _paragraph(conditions: Mapping[str, str], found: Mapping[Variant, Result], r
     else:
         compiled, agree = (sum(bool(getattr(r, key)) for r in found.values()) for key in ("compiles", "agrees"))
         parts.append(f"Of {len(found)} variants {compiled} compile, {agree} run and agree with their twins.")
-    parts += [f"{v.op}: {v.what}, {v.activations}: {error}." for v, error in wrong[:NAMED]]
+    parts += [f"{v.op}: {v.what}, {v.activations}: {shown(error)}." for v, error in wrong[:NAMED]]
     if len(wrong) > NAMED:
         more = {variant.op for variant, _ in wrong[NAMED:]}
         parts.append(f"{len(wrong) - NAMED} more of {', '.join(sorted(more))} do not work.")
-    parts += [f"generate remembers {what}: {error}." for what, error in remembered.items()]
+    parts += [f"generate remembers {shown(what)}: {shown(error)}." for what, error in remembered.items()]
     return " ".join(parts)
 
 

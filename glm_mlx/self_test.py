@@ -20,8 +20,8 @@ from pathlib import Path
 
 import mlx.core as mx
 import psutil
-from rich.console import Console
 
+from glm_mlx.console import Console
 from glm_mlx.errors import NO_MEMORY, InputError
 from glm_mlx.model import Model
 from glm_mlx.model_cases import chunk_cases, decode_cases, prompt_cases
@@ -31,6 +31,7 @@ from kernels.cases import Case
 from kernels.check import check, machine
 from kernels.compiled import compile_ahead
 from kernels.launcher import KernelRefusedError, Recorded
+from kernels.shown import shown
 
 PATIENCE = 2.5  # seconds, after which calls for several tokens are left to the next start
 DIED = "the program ended while this was checked"
@@ -69,8 +70,8 @@ def leave_broken_kernels(model: Model) -> list[str]:
     finally:
         status.stop()
     return [
-        f"note: the kernel {op} does not work here ({error}); MLX's own operations take its place, which is slower; "
-        f"to report it: {DOCTOR}"
+        f"note: the kernel {op} does not work here ({shown(error)}); MLX's own operations take its place, which is "
+        f"slower; to report it: {DOCTOR}"
         for op, error in failed.items()
     ]
 

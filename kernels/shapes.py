@@ -29,6 +29,7 @@ from typing import Any, TypeAlias
 import mlx.core as mx
 
 from kernels.cache_folder import cache_folder, read_own, write_whole
+from kernels.shown import shown
 
 HERE = Path(__file__).resolve().parent
 SHIPPED = HERE / "shapes.json"
@@ -114,13 +115,16 @@ def read(path: Path) -> Table:
     except (ValueError, RecursionError):
         raise ValueError("no JSON") from None
     for device_name, ops in _items(table, "the table"):
-        for op, entries in _items(ops, device_name):
-            for what, entry in _items(entries, f"{device_name}, {op}"):
-                at = f"{device_name}, {op}, {what}"
+        where = shown(device_name, 80)
+        for op, entries in _items(ops, where):
+            for what, entry in _items(entries, f"{where}, {shown(op, 80)}"):
+                at = f"{where}, {shown(op, 80)}, {shown(what, 80)}"
                 for name, value in _items(entry, at):
                     good = type(value) is str if name == "text" else type(value) is int and 1 <= value <= MOST
                     if not good:
-                        raise ValueError(f"{at}: {name} is {shorten(repr(value), 40)}, not a whole number to {MOST}")
+                        raise ValueError(
+                            f"{at}: {shown(name, 80)} is {shorten(repr(value), 40)}, not a whole number to {MOST}"
+                        )
     return table
 
 
@@ -189,4 +193,4 @@ def _text(value: object, end: str) -> str:
 
 
 def _note(line: str) -> None:
-    print(f"note: {line}", file=sys.stderr)
+    print(f"note: {shown(line)}", file=sys.stderr)
