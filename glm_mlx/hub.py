@@ -10,8 +10,9 @@ from pathlib import Path
 from glm_mlx.errors import InputError
 from kernels.shown import shown
 
-# As the hub's names are. What begins with a point or a tilde is a path.
-NAME = re.compile(r"(?P<repo>[a-zA-Z0-9][\w.-]*/[a-zA-Z0-9][\w.-]*?)(?::(?P<quant>[\w.-]+))?", re.ASCII)
+# The hub's rule: each part begins and ends with a letter, a digit or _, without -- or .. in it. All else is a path.
+PART = r"\w+(?:[.-]\w+)*"
+NAME = re.compile(rf"(?P<repo>{PART}/{PART})(?<!\.git)(?::(?P<quant>[\w.-]+))?", re.ASCII)
 DEFAULT_QUANT = "Q4_0"
 # Files that stand beside a model and are none: a vision tower, what a quantisation was weighed by, an MTP layer alone.
 COMPANION = re.compile(r"mmproj|(^|/)imatrix|imatrix\.gguf$|(^|/)mtp-", re.IGNORECASE)
@@ -57,20 +58,16 @@ def _download(repo: str, quant: str) -> Path:
     import huggingface_hub  # slow to import, and most runs have a path
     from huggingface_hub import constants
     from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
-    from huggingface_hub.utils import validate_repo_id
 
-    no_such = InputError(f"there is no such path, and the hub has no public repository {repo}; check the name")
-    try:
-        validate_repo_id(repo)
-    except HFValidationError:
-        raise no_such from None
     if not constants.HF_HUB_OFFLINE:
         _note(f"there is no such file here, so the hub is asked for {repo}:{quant}")
     try:
         # model_info asks once; list_repo_files would retry for half a minute on a machine without a network.
         siblings = huggingface_hub.HfApi().model_info(repo).siblings or []
-    except RepositoryNotFoundError:
-        raise no_such from None
+    except (RepositoryNotFoundError, HFValidationError):
+        raise InputError(
+            f"there is no such path, and the hub has no public repository {repo}; check the name"
+        ) from None
     except Exception as error:  # the library lets through whatever its HTTP client raises
         if cached := _cached(repo, quant):
             file, revision, date = cached
