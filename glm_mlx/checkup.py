@@ -33,6 +33,7 @@ from glm_mlx.memory import MemoryPlan, Tensor, plan_memory
 from glm_mlx.model import activation_dtype
 from glm_mlx.self_test import remembered_failures
 from kernels import launcher
+from kernels.cache_folder import private_folder
 from kernels.check import Result, machine
 from kernels.shown import shown
 
@@ -57,8 +58,7 @@ def run(args: argparse.Namespace) -> int:
     report = _paragraph(conditions, found, remembered)
     console = Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else 120)
     console.print(_table(conditions, found))
-    if not on_gpu:
-        console.print(NO_GPU, soft_wrap=True)
+    console.print(_cache_line() if on_gpu else NO_GPU, soft_wrap=True, markup=False)
     console.print()
     console.print(memory.table("GLM-4.7-Flash in Q4_0, memory" if args.model is None else "memory"))
     console.print(f"\nFor a bug report:\n\n{report}", soft_wrap=True, markup=False)
@@ -87,6 +87,14 @@ def glm_flash_memory(context: int | None, kv_bits: KvBits = 16) -> MemoryPlan:
     cfg = Config.from_metadata(keys, [tensor.name for tensor in tensors])
     dtype = activation_dtype()
     return plan_memory(cfg, tensors, dtype, prefill_chunk(dtype), context, kv_bits)
+
+
+def _cache_line() -> str:
+    """Where `generate` keeps what it compiled and checked, or why it does not."""
+    try:
+        return f"kept between starts in {shown(private_folder())}"
+    except OSError as error:
+        return f"nothing is kept between starts, which makes them slower: {shown(error)}"
 
 
 def _check_writable(path: Path) -> None:

@@ -12,6 +12,7 @@ from bench import script
 from glm_mlx.errors import InputError
 from kernels import shapes
 from kernels.cache_folder import cache_folder, private_folder, read_own, write_whole
+from parity_tests.msl import compiler
 
 
 @pytest.fixture(autouse=True)
@@ -198,3 +199,17 @@ def test_results_go_to_a_private_folder_or_a_named_file(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"may write to this folder.*; name a file with --json"):
         script.results_file("decode", None)
     assert script.results_file("decode", tmp_path / "x.json") == tmp_path / "x.json"
+
+
+def test_the_executor_loads_from_a_private_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = compiler.cache_folder.__wrapped__
+    assert find() == cache_folder() / "msl"
+    cache_folder().chmod(0o777)
+    (tmp_path / "temporary" / "glm-mlx" / "msl").mkdir(parents=True)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    with monkeypatch.context() as patch:
+        patch.setattr(compiler.atexit, "register", lambda *_, **__: None)
+        folder = find()
+    assert folder.parent == tmp_path / "temporary"
+    assert folder.name != "glm-mlx"
+    assert mode(folder) == 0o700

@@ -684,6 +684,7 @@ def test_doctor_prints_and_writes_the_same(capsys: pytest.CaptureFixture[str], t
     ]
     assert all(row["microseconds"] > 0 and row["gb_s"] > 0 and row["error"] is None for row in report["variants"])
     assert report["report"] in out
+    assert "\nkept between starts in " in out
     assert re.search(r"\((Metal|CUDA)\), .*mlx 0\.\d+.*Of 15 variants 15 compile, 15 run and agree", report["report"])
     assert report["machine"]["device"] in out
 
@@ -725,6 +726,16 @@ def test_doctor_tells_what_generate_remembers(start: Start, edit: Edit, capsys: 
     with with_kernels():
         doctor.main([])
     assert re.search(r"generate remembers qmv: .*64x64.*: .*differ", capsys.readouterr().out)
+
+
+def test_doctor_says_where_the_cache_is_or_why_there_is_none() -> None:
+    folder = Path(os.environ["XDG_CACHE_HOME"]) / "glm-mlx"
+    assert checkup._cache_line() == f"kept between starts in {folder}"
+    folder.chmod(0o777)
+    assert re.fullmatch(
+        rf"nothing is kept between starts, .*: .*other users may write to this folder: '{folder}'",
+        checkup._cache_line(),
+    )
 
 
 @NO_GPU
