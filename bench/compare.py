@@ -40,9 +40,9 @@ from bench.mlx_lm_peer import MlxLm
 from bench.subject import Subject, add_arguments, open_subject, usable_depths
 from bench.timing import summarize
 from glm_mlx.errors import InputError, is_out_of_memory
-from glm_mlx.gguf import shown
 from glm_mlx.hub import resolve
 from glm_mlx.small import SMALL_MODEL
+from kernels.shown import shown
 
 COLUMNS = (
     "depth", "by", "context\nby", "first\ntoken s", "prefill\ntok/s", "\nratio", "warm-up\nms", "decode\nms",

@@ -23,6 +23,7 @@ from glm_mlx.memory import available_memory
 from glm_mlx.model import Model
 from glm_mlx.model_cases import decode_cases
 from kernels import launcher
+from kernels.cache_folder import read_own
 from kernels.check import check
 from kernels.shapes import user_file
 
@@ -106,7 +107,7 @@ def conditions(copy: bool = True) -> dict[str, Any]:
         "commit": commit(),
         "clean": is_clean(),
         "source_sha256": source_hash(),
-        "own_launch_shapes": _quietly(lambda: user_file().read_text(errors="replace")),
+        "own_launch_shapes": _quietly(lambda: read_own(user_file()).decode(errors="replace")),
         "mlx_environment": _mlx_environment(),
         "gpu_time": "CUPTI, through PyTorch's profiler" if gpu_time.available() else None,
         "copy": copy_bandwidth() if copy else None,

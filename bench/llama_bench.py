@@ -16,7 +16,7 @@ from rich.filesize import decimal
 
 from bench.contest import Turn, UnavailableError
 from bench.subject import Subject
-from glm_mlx.gguf import shown
+from kernels.shown import shown
 
 TOLD = (
     "build_commit",

@@ -28,9 +28,9 @@ from bench.conditions import ROOT
 from bench.frame import Frame
 from bench.timing import summarize
 from glm_mlx.errors import InputError
-from glm_mlx.gguf import shown
 from glm_mlx.load import open_model
 from glm_mlx.make_tiny import GLM_FLASH, make_tiny
+from kernels.shown import shown
 
 WAYS = {
     "read, new memory": "data = open(path, 'rb').read()",

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from glm_mlx.errors import InputError
-from glm_mlx.gguf import shown
+from kernels.shown import shown
 
 SUFFIXES = (".png", ".svg")
 

@@ -28,7 +28,7 @@ from bench.conditions import ROOT
 from bench.contest import OURS
 from glm_mlx.command import Parser
 from glm_mlx.errors import InputError
-from glm_mlx.gguf import shown
+from kernels.shown import shown
 
 RESULTS, README = ROOT / "bench" / "results", ROOT / "README.md"
 BEGIN = "<!-- results: made by `python bench/report.py`, not by hand -->"

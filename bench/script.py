@@ -5,23 +5,22 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 from rich import box
-from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
 from glm_mlx import command
+from glm_mlx.console import Console
 from glm_mlx.errors import InputError, is_out_of_memory
-from glm_mlx.gguf import shown
-from kernels.cache_folder import cache_folder
+from kernels.cache_folder import private_folder
 from kernels.launcher import KernelRefusedError
 from kernels.shapes import user_file
+from kernels.shown import shown
 
 WIDE = Console(width=1000).options
 NOTES = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
@@ -80,9 +79,10 @@ def results_file(name: str, given: Path | None) -> Path:
     """Where the JSON of a run goes. Raises InputError now, and not after the run, where that can't be written."""
     if given is None:
         stamp = datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%S")
-        given = cache_folder() / "bench" / f"{name}-{stamp}-{os.getpid()}.json"
-        with suppress(OSError):
-            given.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            given = private_folder("bench") / f"{name}-{stamp}-{os.getpid()}.json"
+        except OSError as error:
+            raise InputError(f"there is no cache folder for results: {error}; name a file with --json") from None
     if given.is_dir() or not os.access(given if given.exists() else given.parent, os.W_OK):
         raise InputError(f"cannot write {shown(given)}; name another file with --json")
     return given

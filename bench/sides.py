@@ -15,8 +15,8 @@ from typing import Any, TypeAlias
 
 from bench.conditions import ROOT
 from glm_mlx.errors import InputError
-from glm_mlx.gguf import shown
 from kernels import shapes
+from kernels.shown import shown
 
 Report: TypeAlias = dict[str, Any]  # the JSON of a benchmark
 Rows: TypeAlias = dict[str, list[float]]  # seconds by row

@@ -15,7 +15,7 @@ from bench import script, synthetic
 from bench.conditions import has_kernels
 from glm_mlx.config import Config
 from glm_mlx.errors import InputError
-from glm_mlx.gguf import GGUFFile, shown
+from glm_mlx.gguf import GGUFFile
 from glm_mlx.hub import resolve
 from glm_mlx.load import load_model
 from glm_mlx.memory import available_memory
@@ -23,6 +23,7 @@ from glm_mlx.model import Model
 from glm_mlx.small import SMALL_MODEL
 from kernels import launcher
 from kernels.planes import Weight
+from kernels.shown import shown
 
 DEPTHS = (0, 512, 4096, 16_384, 32_768, 65_536, 131_072)
 PATHS: dict[str, Callable[[], AbstractContextManager[None]]] = {"kernels": nullcontext, "twins": launcher.avoiding}

@@ -49,10 +49,10 @@ from bench.timing import summarize
 from bench.within import TOKENS, WARM_UP, Within
 from glm_mlx import command
 from glm_mlx.errors import InputError
-from glm_mlx.gguf import shown
 from glm_mlx.model import activation_dtype
 from kernels import launcher, shapes
 from kernels.planes import QUANT_TYPES
+from kernels.shown import shown
 
 GATES: dict[str, tuple[str, ...]] = {
     "block": ("--depths", "512,4k,32k"),

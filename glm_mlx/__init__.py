@@ -8,7 +8,8 @@ from kernels.cache_folder import compiled_folder
 # router's choices hang on more than that. Read by MLX at its first matmul.
 os.environ.setdefault("MLX_ENABLE_TF32", "0")
 
-# What MLX compiles for an NVIDIA GPU it keeps in a folder for temporary files, unless told another. Read by MLX at its
+# What MLX compiles for an NVIDIA GPU it keeps, unless told another folder, below the one for temporary files, and runs
+# what it finds there, whoever put it there. So without a folder of the user's own nothing is kept. Read by MLX at its
 # first compilation.
-if "MLX_PTX_CACHE_DIR" not in os.environ and (folder := compiled_folder()):
-    os.environ["MLX_PTX_CACHE_DIR"] = str(folder)
+if "MLX_PTX_CACHE_DIR" not in os.environ:
+    os.environ["MLX_PTX_CACHE_DIR"] = str(compiled_folder() or "")

@@ -17,16 +17,15 @@ from typing import Any
 
 import mlx.core as mx
 from gguf.constants import GGMLQuantizationType
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from glm_mlx.cache import KvBits
 from glm_mlx.compositions import COMPOSITIONS, NARROW, WIDTHS
 from glm_mlx.config import Config
+from glm_mlx.console import Console
 from glm_mlx.engine import prefill_chunk
 from glm_mlx.errors import InputError
-from glm_mlx.gguf import shown
 from glm_mlx.isolation import Isolated, LostError, Rows, Variant
 from glm_mlx.load import open_model
 from glm_mlx.make_tiny import GLM_FLASH, make_tiny, metadata, tensor_shapes, type_of
@@ -34,7 +33,9 @@ from glm_mlx.memory import MemoryPlan, Tensor, plan_memory
 from glm_mlx.model import activation_dtype
 from glm_mlx.self_test import remembered_failures
 from kernels import launcher
+from kernels.cache_folder import private_folder
 from kernels.check import Result, machine
+from kernels.shown import shown
 
 NO_GPU = "There is no GPU here. Kernels need one: Metal or CUDA. These are their twins, in MLX's own operations."
 LAYERS, VOCABULARY = 47, 154_880  # of GLM-4.7-Flash; its widths are those of GLM_FLASH
@@ -57,8 +58,7 @@ def run(args: argparse.Namespace) -> int:
     report = _paragraph(conditions, found, remembered)
     console = Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else 120)
     console.print(_table(conditions, found))
-    if not on_gpu:
-        console.print(NO_GPU, soft_wrap=True)
+    console.print(_cache_line() if on_gpu else NO_GPU, soft_wrap=True, markup=False)
     console.print()
     console.print(memory.table("GLM-4.7-Flash in Q4_0, memory" if args.model is None else "memory"))
     console.print(f"\nFor a bug report:\n\n{report}", soft_wrap=True, markup=False)
@@ -87,6 +87,14 @@ def glm_flash_memory(context: int | None, kv_bits: KvBits = 16) -> MemoryPlan:
     cfg = Config.from_metadata(keys, [tensor.name for tensor in tensors])
     dtype = activation_dtype()
     return plan_memory(cfg, tensors, dtype, prefill_chunk(dtype), context, kv_bits)
+
+
+def _cache_line() -> str:
+    """Where `generate` keeps what it compiled and checked, or why it does not."""
+    try:
+        return f"kept between starts in {shown(private_folder())}"
+    except OSError as error:
+        return f"nothing is kept between starts, which makes them slower: {shown(error)}"
 
 
 def _check_writable(path: Path) -> None:
@@ -197,11 +205,11 @@ def _paragraph(conditions: Mapping[str, str], found: Mapping[Variant, Result], r
     else:
         compiled, agree = (sum(bool(getattr(r, key)) for r in found.values()) for key in ("compiles", "agrees"))
         parts.append(f"Of {len(found)} variants {compiled} compile, {agree} run and agree with their twins.")
-    parts += [f"{v.op}: {v.what}, {v.activations}: {error}." for v, error in wrong[:NAMED]]
+    parts += [f"{v.op}: {v.what}, {v.activations}: {shown(error)}." for v, error in wrong[:NAMED]]
     if len(wrong) > NAMED:
         more = {variant.op for variant, _ in wrong[NAMED:]}
         parts.append(f"{len(wrong) - NAMED} more of {', '.join(sorted(more))} do not work.")
-    parts += [f"generate remembers {what}: {error}." for what, error in remembered.items()]
+    parts += [f"generate remembers {shown(what)}: {shown(error)}." for what, error in remembered.items()]
     return " ".join(parts)
 
 

@@ -11,13 +11,14 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from glm_mlx.errors import InputError, is_out_of_memory
+from kernels.shown import shown
 
 
 class Parser(argparse.ArgumentParser):
     """Complains in one line."""
 
     def error(self, message: str) -> NoReturn:
-        print(f"error: {message}; see -h", file=sys.stderr)
+        print(f"error: {shown(message)}; see -h", file=sys.stderr)
         sys.exit(2)
 
 
@@ -58,7 +59,7 @@ def run(work: Callable[[], int]) -> int:
 
 
 def _error(line: str) -> int:
-    print(f"error: {line}", file=sys.stderr)
+    print(f"error: {shown(line, 10_000)}", file=sys.stderr)  # whatever it quotes
     return 2
 
 

@@ -32,6 +32,7 @@ from gguf.constants import (
 )
 
 from glm_mlx.errors import InputError
+from kernels.shown import shown
 
 MAX_DIMS = 4  # GGML_MAX_DIMS
 MAX_HEADER = 1 << 26  # bytes; GLM-4.7-Flash has 9 million, and a damaged count must not claim the weights as well
@@ -61,14 +62,6 @@ class TensorInfo:
     part: int
     offset: int  # bytes from the start of the part
     nbytes: int
-
-
-def shown(name: object, most: int = 4096) -> str:
-    """A path, or a name that a file gives, as part of one line: unprintable characters escaped, cut off at `most`."""
-    text = str(name)
-    if len(text) > most:
-        text = text[:most] + "..."
-    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 class _Cursor:

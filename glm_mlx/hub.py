@@ -2,22 +2,38 @@
 
 import os
 import re
+import sys
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 
 from glm_mlx.errors import InputError
+from kernels.shown import shown
 
-NAME = re.compile(r"^(?P<repo>[\w.-]+/[\w.-]+?)(?::(?P<quant>[\w.-]+))?$")
+# The hub's rule: each part begins and ends with a letter, a digit or _, without -- or .. in it. All else is a path.
+PART = r"\w+(?:[.-]\w+)*"
+NAME = re.compile(rf"(?P<repo>{PART}/{PART})(?<!\.git)(?::(?P<quant>[\w.-]+))?", re.ASCII)
 DEFAULT_QUANT = "Q4_0"
+# Files that stand beside a model and are none: a vision tower, what a quantisation was weighed by, an MTP layer alone.
+COMPANION = re.compile(r"mmproj|(^|/)imatrix|imatrix\.gguf$|(^|/)mtp-", re.IGNORECASE)
 
 
 def resolve(model: str) -> Path:
-    """The file that `--model` means: a path if there is one, else a download (or the cached copy of one)."""
+    """The file that `--model` means: a path if there is one, else a download (or the cached copy of one).
+
+    The hub, which is sent the user's token with the name, is not asked for a file in a folder that is here. Raises
+    InputError.
+    """
     if not model:
         raise InputError("the name of the model is empty; give the path of a .gguf file")
     path = Path(os.path.expanduser(model))  # these two never raise, whatever the name
-    if os.path.exists(path) or model.endswith(".gguf") or model.count("/") != 1 or not (name := NAME.match(model)):
+    if os.path.exists(path) or model.endswith(".gguf") or not (name := NAME.fullmatch(model)):
         return path
+    owner = name["repo"].partition("/")[0]
+    if os.path.isdir(owner):
+        raise InputError(
+            f"no such file: {model}; check the path, or for that name on the hub start where there is no folder {owner}"
+        )
     return _download(name["repo"], name["quant"] or DEFAULT_QUANT)
 
 
@@ -27,17 +43,24 @@ def choose_files(files: Sequence[str], quant: str) -> list[str]:
     The name must hold the quant as a whole word, so that Q4_K does not take Q4_K_M; the shortest such name wins.
     """
     word = re.compile(rf"(?<![A-Za-z0-9_]){re.escape(quant)}(?![A-Za-z0-9_])", re.IGNORECASE)
-    found = [f for f in files if f.lower().endswith(".gguf") and word.search(f) and "mmproj" not in f]
     stems: dict[str, list[str]] = {}
-    for file in found:
-        stems.setdefault(re.sub(r"-\d{5}-of-\d{5}\.gguf$", "", file), []).append(file)
+    for file in _models(files):
+        if word.search(file):
+            stems.setdefault(re.sub(r"-\d{5}-of-\d{5}\.gguf$", "", file), []).append(file)
     return sorted(stems[min(stems, key=lambda s: (len(s), s))]) if stems else []
+
+
+def _models(files: Sequence[str]) -> list[str]:
+    return [file for file in files if file.lower().endswith(".gguf") and not COMPANION.search(file)]
 
 
 def _download(repo: str, quant: str) -> Path:
     import huggingface_hub  # slow to import, and most runs have a path
-    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+    from huggingface_hub import constants
+    from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
 
+    if not constants.HF_HUB_OFFLINE:
+        _note(f"there is no such file here, so the hub is asked for {repo}:{quant}")
     try:
         # model_info asks once; list_repo_files would retry for half a minute on a machine without a network.
         siblings = huggingface_hub.HfApi().model_info(repo).siblings or []
@@ -47,12 +70,15 @@ def _download(repo: str, quant: str) -> Path:
         ) from None
     except Exception as error:  # the library lets through whatever its HTTP client raises
         if cached := _cached(repo, quant):
-            return cached
+            file, revision, date = cached
+            why = "it is set to be offline" if isinstance(error, OfflineModeIsEnabled) else _reason(error)
+            _note(f"the hub was not reached ({why}); this is the copy of {repo} of {date}, revision {revision}")
+            return file
         raise _unreachable(repo, quant, error) from None
     files = [sibling.rfilename for sibling in siblings]
     parts = choose_files(files, quant)
     if not parts:
-        have = ", ".join(sorted(f for f in files if f.endswith(".gguf"))[:8]) or "no .gguf file at all"
+        have = ", ".join(shown(file, 80) for file in sorted(_models(files))[:8]) or "no .gguf file at all"
         raise InputError(f"{repo} has no {quant} file; it has {have}: name one as {repo}:QUANT")
     try:
         paths = [huggingface_hub.hf_hub_download(repo, part) for part in parts]
@@ -62,19 +88,30 @@ def _download(repo: str, quant: str) -> Path:
 
 
 def _unreachable(repo: str, quant: str, error: Exception) -> InputError:
-    reason = " ".join(str(error).split())[:200]
     return InputError(
-        f"cannot fetch {repo}:{quant} from the hub ({type(error).__name__}: {reason}); "
-        "go online once, or give the path of a .gguf file"
+        f"cannot fetch {repo}:{quant} from the hub ({_reason(error)}); go online once, or give the path of a .gguf file"
     )
 
 
-def _cached(repo: str, quant: str) -> Path | None:
+def _reason(error: Exception) -> str:
+    """In one line, of what may quote the hub's answer."""
+    return f"{type(error).__name__}: {shown(' '.join(str(error).split()), 200)}"
+
+
+def _cached(repo: str, quant: str) -> tuple[Path, str, str] | None:
+    """A file of the hub's own cache, with its revision and the day it was fetched on; None if there is none."""
     import huggingface_hub
 
     try:
         folder = Path(huggingface_hub.snapshot_download(repo, local_files_only=True))
+        parts = choose_files([os.path.relpath(p, folder) for p in folder.rglob("*.gguf")], quant)
+        if not parts:
+            return None
+        file = folder / parts[0]
+        return file, shown(folder.name[:12]), f"{datetime.fromtimestamp(file.stat().st_mtime):%Y-%m-%d}"
     except Exception:  # nothing of it is on this machine
         return None
-    parts = choose_files([os.path.relpath(p, folder) for p in folder.rglob("*.gguf")], quant)
-    return folder / parts[0] if parts else None
+
+
+def _note(line: str) -> None:
+    print(f"note: {line}", file=sys.stderr)

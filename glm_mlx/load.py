@@ -7,18 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
-from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from glm_mlx import weights
 from glm_mlx.cache import KvBits
 from glm_mlx.config import Config
+from glm_mlx.console import Console
 from glm_mlx.engine import prefill_chunk
-from glm_mlx.gguf import GGUFFile, TensorInfo, shown
+from glm_mlx.gguf import GGUFFile, TensorInfo
 from glm_mlx.memory import MemoryPlan, plan_memory
 from glm_mlx.model import Model, activation_dtype
 from glm_mlx.tokenizer import Tokenizer
 from kernels.planes import Weight
+from kernels.shown import shown
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Opened:
         columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TransferSpeedColumn())
         console = Console(stderr=True)
         with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as bar:
-            task = bar.add_task(f"loading {self.gguf.path.name}", total=nbytes)
+            task = bar.add_task(f"loading {shown(self.gguf.path.name)}", total=nbytes)
             arrays = weights.load(self.gguf, self.config, self.tensors, lambda n: bar.advance(task, n))
         return Loaded(
             self.gguf,

@@ -20,17 +20,18 @@ from pathlib import Path
 
 import mlx.core as mx
 import psutil
-from rich.console import Console
 
+from glm_mlx.console import Console
 from glm_mlx.errors import NO_MEMORY, InputError
 from glm_mlx.model import Model
 from glm_mlx.model_cases import chunk_cases, decode_cases, prompt_cases
 from kernels import launcher
-from kernels.cache_folder import cache_folder, write_whole
+from kernels.cache_folder import NOWHERE, private_folder, read_own, write_whole
 from kernels.cases import Case
 from kernels.check import check, machine
 from kernels.compiled import compile_ahead
 from kernels.launcher import KernelRefusedError, Recorded
+from kernels.shown import shown
 
 PATIENCE = 2.5  # seconds, after which calls for several tokens are left to the next start
 DIED = "the program ended while this was checked"
@@ -69,8 +70,8 @@ def leave_broken_kernels(model: Model) -> list[str]:
     finally:
         status.stop()
     return [
-        f"note: the kernel {op} does not work here ({error}); MLX's own operations take its place, which is slower; "
-        f"to report it: {DOCTOR}"
+        f"note: the kernel {op} does not work here ({shown(error)}); MLX's own operations take its place, which is "
+        f"slower; to report it: {DOCTOR}"
         for op, error in failed.items()
     ]
 
@@ -107,7 +108,10 @@ class _Memory:
     def __init__(self) -> None:
         self.machine = machine()
         key, host = _digest(self.machine)[:16], _digest(platform.node())[:6]
-        folder = cache_folder()
+        try:
+            folder = private_folder()
+        except OSError:
+            folder = NOWHERE  # nothing is remembered
         self.file = folder / f"kernels-{key}.json"
         # Stands while a check runs, and stays where that takes the process down.
         self.mark = folder / f"kernels-{key}-{host}-{os.getpid()}.running"
@@ -115,7 +119,7 @@ class _Memory:
         with suppress(OSError, ValueError):
             for left in folder.glob(f"kernels-{key}-{host}-*.running"):
                 if not psutil.pid_exists(int(left.stem.rpartition("-")[2])):
-                    self.outcomes[left.read_text()] = DIED
+                    self.outcomes[read_own(left).decode()] = DIED
                     self._save()
                     left.unlink()
 
@@ -125,8 +129,7 @@ class _Memory:
         Without the memory for a check, which takes more than the kernel does, there is no error.
         """
         with suppress(OSError):
-            self.mark.parent.mkdir(parents=True, exist_ok=True)
-            self.mark.write_text(name)
+            write_whole(self.mark, name.encode())
         try:
             error = check(case, timed=False).summary
         finally:
@@ -155,7 +158,7 @@ class _Memory:
 
 def _read(file: Path) -> dict[str, str | None]:
     try:
-        outcomes = json.loads(file.read_text())["outcomes"]
+        outcomes = json.loads(read_own(file))["outcomes"]
         return {str(name): None if error is None else str(error) for name, error in outcomes.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none yet, or not what was written here
         return {}

@@ -15,23 +15,23 @@ from types import TracebackType
 from typing import Any
 
 import mlx.core as mx
-from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 from glm_mlx.chat import GLM_TEMPLATE, ChatTemplate, Part, ReasoningSplitter
+from glm_mlx.console import Console
 from glm_mlx.conversation import Conversation
 from glm_mlx.engine import Engine, Step
 from glm_mlx.errors import InputError
-from glm_mlx.gguf import shown
 from glm_mlx.hub import resolve
 from glm_mlx.load import Loaded, open_model
 from glm_mlx.model import decode_bytes
 from glm_mlx.sampling import SamplingParams
 from glm_mlx.self_test import leave_broken_kernels
 from glm_mlx.small import SMALL_MODEL
+from kernels.shown import shown
 
 STDERR = Console(stderr=True, highlight=False, emoji=False)
 CHAT_HELP = "/reset forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C stops an answer"
@@ -280,7 +280,7 @@ def _chat(talk: _Talk) -> int:
             continue
         except InputError as error:  # too long for the context, say: the conversation before this turn stays
             turns = any(message["role"] == "user" for message in conversation.messages)
-            STDERR.print(f"error: {error}{'; /reset starts anew' * turns}", markup=False, soft_wrap=True)
+            STDERR.print(f"error: {shown(error)}{'; /reset starts anew' * turns}", markup=False, soft_wrap=True)
             continue
         if talk.args.verbose:
             _figures(talk.engine)
@@ -293,7 +293,7 @@ def _describe(loaded: Loaded, params: SamplingParams) -> None:
     STDERR.print(
         f"model    {shown(cfg.name)}: {cfg.architecture}, {cfg.num_layers} layers, {cfg.num_experts} experts, "
         f"{cfg.num_experts_per_tok} used, context {cfg.context_length:,}\n"
-        f"file     {loaded.gguf.path}: {decimal(loaded.nbytes)} of weights ({mix}), "
+        f"file     {shown(loaded.gguf.path)}: {decimal(loaded.nbytes)} of weights ({mix}), "
         f"loaded in {loaded.seconds:.2f} s\n"
         f"runs on  {mx.default_device()}, activations {str(loaded.model.dtype).removeprefix('mlx.core.')}, "
         f"MLX {version('mlx')}\n"

@@ -15,11 +15,12 @@ from gguf.constants import GGMLQuantizationType
 
 from glm_mlx.config import Config
 from glm_mlx.errors import InputError
-from glm_mlx.gguf import GGUFFile, TensorInfo, shown
+from glm_mlx.gguf import GGUFFile, TensorInfo
 from glm_mlx.memory import Tensor
 from glm_mlx.packing import pack
 from kernels.planes import QUANT_TYPES, QuantizedTensor, Weight, dequantize_ops
 from kernels.qmv import with_affine, with_values
+from kernels.shown import shown
 
 RELEASE_BYTES = 1 << 23  # pages of the file are given back, and progress is told, every 8 MB
 DENSE_TYPES = ("F32", "F16", "BF16")

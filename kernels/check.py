@@ -10,12 +10,14 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 
 import mlx.core as mx
 
 from kernels import launcher
+from kernels.cache_folder import read_own
 from kernels.cases import Case
 from kernels.compiled import compile_ahead
 from kernels.shapes import user_file
@@ -121,9 +123,11 @@ def machine() -> dict[str, str]:
     """What a result holds for: device, system (Apple's compiler is part of it), MLX, and the text of the kernels, with
     the user's own launch shapes."""
     text = hashlib.sha256()
-    for path in (*sorted(launcher.HERE.iterdir()), user_file()):
+    for path in sorted(launcher.HERE.iterdir()):
         if path.is_file():
             text.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    with suppress(OSError):
+        text.update(user_file().name.encode() + b"\0" + read_own(user_file()) + b"\0")
     back_end = "CPU"
     if mx.default_device() == mx.Device(mx.gpu):
         back_end = "Metal" if mx.metal.is_available() else "CUDA"

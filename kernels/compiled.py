@@ -8,28 +8,31 @@ the whole text: another text never meets it. Source: MLX 0.32.4, mlx/backend/cud
 Of the headers that MLX includes our text needs a few names; without the rest NVRTC makes the same machine code in a
 seventh of the time. Whatever is amiss (another MLX, no headers, a folder that cannot be written) leaves it to MLX, and
 so does, once, a text at which NVRTC took its process down.
+
+MLX runs whatever has the right name there. So the folder must be this user's own, and beside the names of a module's
+kernels stands a digest of its text and its code: what does not agree with it is removed before MLX looks.
 """
 
 import ctypes
+import hashlib
 import os
 import re
-import tempfile
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import psutil
 
-from kernels.cache_folder import write_whole
+from kernels.cache_folder import own_folder, read_own, write_whole
 from kernels.launcher import Launch, Recorded, architecture
 from kernels.source import source
 
 LONGEST_NAME = 245  # of a module, for which MLX does not make folders
+DIGEST = b"sha256 "  # begins the line of the digest, in which MLX finds no name as there is no tab
 OPTIONS = ("--device-as-default-execution-space",)
 # In place of what MLX's text includes.
 HEADERS = {
@@ -63,16 +66,16 @@ def compile_ahead(launches: Iterable[Recorded]) -> int:
 
     Nothing is launched, and nothing raised but KeyboardInterrupt. Without CUDA there is nothing to do.
     """
-    folder, compiler = modules_folder(), _nvrtc() if mx.cuda.is_available() else None
-    if folder is None or compiler is None:
+    if not mx.cuda.is_available() or (folder := modules_folder()) is None:
         return 0
     kinds = {(id(launch), *(a.dtype for a in arrays)): (launch, arrays) for launch, arrays in list(launches)}
     modules = {m.file: m for launch, arrays in kinds.values() if (m := _module(folder, launch, arrays))}
+    compiler = _nvrtc()
     try:
         missing = [m for m in modules.values() if not _is_kept(m) and not _died(m)]
     except OSError:  # of a folder that cannot be read
         return 0
-    if not missing:
+    if not missing or compiler is None:
         return 0
     options = (*OPTIONS, f"--gpu-architecture={architecture()}", *(f"--include-path={p}" for p in include_folders()))
     pool = ThreadPoolExecutor(min(len(missing), os.cpu_count() or 1))  # NVRTC runs without Python's lock
@@ -83,11 +86,19 @@ def compile_ahead(launches: Iterable[Recorded]) -> int:
 
 
 def modules_folder() -> Path | None:
-    """Where MLX looks for compiled modules; None where that is nowhere."""
-    given = os.environ.get("MLX_PTX_CACHE_DIR")
-    if given is None:
-        return Path(tempfile.gettempdir(), "mlx", version("mlx"), "ptx")
-    return Path(given) if given else None
+    """Where MLX looks for compiled modules, made if it is missing; None where others could put some there too.
+
+    So could everybody in the folder that MLX takes by default, which is below that for temporary files. What the user
+    names holds for MLX as it is; what others may write to is not used here.
+    """
+    if not (given := os.environ.get("MLX_PTX_CACHE_DIR")):
+        return None
+    try:
+        folder = Path(given).resolve()
+        own_folder(folder)
+    except (OSError, RuntimeError):  # RuntimeError: links in a circle
+        return None
+    return folder
 
 
 def include_folders() -> list[Path]:
@@ -119,9 +130,25 @@ def _module(folder: Path, launch: Launch, arrays: Sequence[mx.array]) -> Module 
 
 
 def _is_kept(module: Module) -> bool:
-    """With its names: without them MLX would take it for whole, and find no kernel in it."""
-    files = [module.file.with_suffix(suffix) for suffix in (".txt", ".ptx")]
-    return all(file.exists() and file.stat().st_size > 0 for file in files)
+    """True if the file holds what was written here; what does not is removed. Raises OSError if that fails.
+
+    With its names: without them MLX would take it for whole, and find no kernel in it. These stay, as another process
+    may just have written them.
+    """
+    code = module.file.with_suffix(".ptx")
+    try:
+        names, _, digest = read_own(module.file.with_suffix(".txt")).rpartition(DIGEST)
+        if digest == _digest(module, names, read_own(code)):
+            return True
+    except OSError:
+        pass
+    code.unlink(missing_ok=True)
+    return False
+
+
+def _digest(module: Module, names: bytes, binary: bytes) -> bytes:
+    parts = (hashlib.sha256(part).digest() for part in (module.text, names, binary))
+    return hashlib.sha256(b"".join(parts)).hexdigest().encode() + b"\n"
 
 
 def _died(module: Module) -> bool:
@@ -139,8 +166,7 @@ def _keep(module: Module, nvrtc: ctypes.CDLL, options: Sequence[str]) -> bool:
     """Whether it could be compiled and written."""
     mark = module.file.with_suffix(f".{os.getpid()}")  # stays where the process ends
     try:
-        mark.parent.mkdir(parents=True, exist_ok=True)
-        mark.touch()
+        write_whole(mark, b"")
         try:
             made = _compile(module, nvrtc, options)
         finally:
@@ -149,7 +175,8 @@ def _keep(module: Module, nvrtc: ctypes.CDLL, options: Sequence[str]) -> bool:
             return False
         binary, mangled = made
         # First the names: MLX takes a module for whole when its code is there.
-        write_whole(module.file.with_suffix(".txt"), f"{module.entry}\t{mangled}\n".encode())
+        names = f"{module.entry}\t{mangled}\n".encode()
+        write_whole(module.file.with_suffix(".txt"), names + DIGEST + _digest(module, names, binary))
         write_whole(module.file.with_suffix(".ptx"), binary)
     except OSError:
         return False

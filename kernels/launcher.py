@@ -19,7 +19,7 @@ from typing import Any, TypeAlias, cast
 
 import mlx.core as mx
 
-from kernels.cache_folder import cache_folder, write_whole
+from kernels.cache_folder import cache_folder, read_own, write_whole
 from kernels.planes import QUANT_TYPES, Bundle, QuantizedTensor, QuantType, Weight, planes
 
 HERE = Path(__file__).resolve().parent
@@ -296,15 +296,22 @@ def _included(op: str, text: str) -> str:
     40 KB (bench/LOG.md). NVRTC reads the file when it compiles.
     """
     name = f"{op}_{hashlib.sha256(text.encode()).hexdigest()[:12]}.h"
-    file = (cache_folder() / "cuda" / name).absolute()  # NVRTC looks elsewhere for relative paths
+    file = cache_folder() / "cuda" / name
     if re.search(r'["\\\n]', str(file)):
         return text
     try:
-        if not file.exists() or file.read_bytes() != text.encode():
+        if not _holds(file, text.encode()):
             write_whole(file, text.encode())
     except OSError:
         return text
     return f'#include "{file}"\n'
+
+
+def _holds(file: Path, content: bytes) -> bool:
+    try:
+        return read_own(file) == content
+    except OSError:
+        return False
 
 
 @cache

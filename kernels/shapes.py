@@ -15,6 +15,7 @@ refused by `launcher.prepare`.
 
 import hashlib
 import json
+import os
 import re
 import sys
 from collections.abc import ItemsView, Iterator, Mapping, Sequence
@@ -27,7 +28,8 @@ from typing import Any, TypeAlias
 
 import mlx.core as mx
 
-from kernels.cache_folder import cache_folder, write_whole
+from kernels.cache_folder import cache_folder, read_own, write_whole
+from kernels.shown import shown
 
 HERE = Path(__file__).resolve().parent
 SHIPPED = HERE / "shapes.json"
@@ -106,19 +108,23 @@ def user_file() -> Path:
 
 
 def read(path: Path) -> Table:
-    """Raises OSError, or ValueError that says what is wrong."""
+    """Raises OSError, or ValueError that says what is wrong. The user's own must be a file in a private folder."""
     try:
-        table: Table = json.loads(path.read_bytes())
+        content = read_own(path) if path == user_file() else path.read_bytes()
+        table: Table = json.loads(content)
     except (ValueError, RecursionError):
         raise ValueError("no JSON") from None
     for device_name, ops in _items(table, "the table"):
-        for op, entries in _items(ops, device_name):
-            for what, entry in _items(entries, f"{device_name}, {op}"):
-                at = f"{device_name}, {op}, {what}"
+        where = shown(device_name, 80)
+        for op, entries in _items(ops, where):
+            for what, entry in _items(entries, f"{where}, {shown(op, 80)}"):
+                at = f"{where}, {shown(op, 80)}, {shown(what, 80)}"
                 for name, value in _items(entry, at):
                     good = type(value) is str if name == "text" else type(value) is int and 1 <= value <= MOST
                     if not good:
-                        raise ValueError(f"{at}: {name} is {shorten(repr(value), 40)}, not a whole number to {MOST}")
+                        raise ValueError(
+                            f"{at}: {shown(name, 80)} is {shorten(repr(value), 40)}, not a whole number to {MOST}"
+                        )
     return table
 
 
@@ -166,7 +172,8 @@ def _tables() -> list[tuple[Path, Table]]:
         except FileNotFoundError:
             pass
         except (OSError, ValueError) as error:
-            _note(f"cannot use the launch shapes of {path} ({error}); mend or remove it")
+            if os.path.lexists(path):  # else it is a cache folder that is not used
+                _note(f"cannot use the launch shapes of {path} ({error}); mend or remove it")
     return tables
 
 
@@ -186,4 +193,4 @@ def _text(value: object, end: str) -> str:
 
 
 def _note(line: str) -> None:
-    print(f"note: {line}", file=sys.stderr)
+    print(f"note: {shown(line)}", file=sys.stderr)

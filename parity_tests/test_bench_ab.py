@@ -20,7 +20,6 @@ from bench.sides import Side
 from bench.timing import summarize
 from glm_mlx.errors import InputError
 from kernels import launcher, shapes
-from kernels.cache_folder import cache_folder
 from parity_tests import planted
 
 CONDITIONS = {"chip": "Test chip", "back_end": "cpu"}
@@ -392,7 +391,7 @@ def test_each_side_is_run_as_it_says(git: Git, tmp_path: Path, monkeypatch: pyte
     assert not commit.tree.exists()
 
 
-def test_without_a_home_there_is_a_place_for_results_and_tables(
+def test_without_a_home_results_need_a_name_and_tables_have_a_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As for a user of a container who has neither HOME nor an entry in passwd."""
@@ -405,10 +404,9 @@ def test_without_a_home_there_is_a_place_for_results_and_tables(
     monkeypatch.setattr(Path, "home", none)
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)
     monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
-    results = script.results_file("ab", None)
-    assert results.parent == cache_folder() / "bench"
-    assert results.is_relative_to(tmp_path)
-    assert results.parent.is_dir()
+    with pytest.raises(InputError, match=r"no home folder.*; name a file with --json"):
+        script.results_file("ab", None)
+    assert list(tmp_path.iterdir()) == []
     side = sides.with_table("a table", {}, tmp_path / "side")
     assert side.environment["HF_HOME"] == "~/.cache/huggingface", "where the hub's library has it too"
 

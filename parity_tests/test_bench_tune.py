@@ -167,6 +167,26 @@ def test_a_malformed_table_is_one_line_and_the_constants(
     assert error.count("\n") == 1
 
 
+def test_a_table_of_another_folder_is_one_line_and_the_constants(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """A link within the cache folder may lead to what another user writes."""
+    shapes.write(tmp_path / "elsewhere", entry({"ROWS": 2}))
+    shapes.user_file().parent.mkdir(parents=True)
+    shapes.user_file().symlink_to(tmp_path / "elsewhere")
+    assert asked() == (4, 8)
+    error = capsys.readouterr().err
+    assert error.startswith(f"note: cannot use the launch shapes of {shapes.user_file()} (")
+    assert error.count("\n") == 1
+
+
+def test_a_cache_folder_that_is_not_used_needs_no_line_without_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+    shapes.user_file().parent.mkdir(parents=True)
+    shapes.user_file().parent.chmod(0o777)
+    assert asked() == (4, 8)
+    assert capsys.readouterr().err == ""
+
+
 def test_a_name_that_the_op_does_not_have_is_one_line_and_the_constants(capsys: pytest.CaptureFixture[str]) -> None:
     shapes.write(shapes.user_file(), entry({"ROWS": 2, "ROW": 3}))
     for _ in range(2):

@@ -440,6 +440,40 @@ def test_a_cache_folder_that_cannot_be_written_does_no_harm(
     assert len(checked) == 2 * once > 0, "checked at each start"
 
 
+def test_a_memory_that_another_user_could_have_written_is_none(start: Start, checked: list[Case]) -> None:
+    start()
+    once = len(checked)
+    folder = Path(os.environ["XDG_CACHE_HOME"]) / "glm-mlx"
+    (file,) = folder.glob("kernels-*.json")
+    file.symlink_to(file.rename(folder / "elsewhere"))
+    assert start()[0] == []
+    assert len(checked) == 2 * once > 0, "a link"
+    folder.chmod(0o777)
+    assert start()[0] == []
+    assert len(checked) == 3 * once, "a folder of all"
+
+
+def test_the_mark_of_a_check_overwrites_nobodys_file(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its name can be known before: a link may stand there."""
+    folder, victim, marks = Path(os.environ["XDG_CACHE_HOME"]) / "glm-mlx", tmp_path / "victim", set[Path]()
+
+    def look(case: Case, timed: bool) -> Result:
+        marks.update(folder.glob("*.running"))
+        return Result(True, True)
+
+    monkeypatch.setattr(self_test, "check", look)
+    start()
+    for file in folder.glob("kernels-*.json"):
+        file.unlink()
+    victim.write_text("kept")
+    (mark,) = marks
+    mark.symlink_to(victim)
+    assert start()[0] == []
+    assert victim.read_text() == "kept"
+
+
 @pytest.mark.parametrize("content", ["", "[]", '{"outcomes": [1]}', '{"outcomes": null}', "\x00\xff"])
 def test_a_damaged_memory_is_as_good_as_none(content: str, start: Start, checked: list[Case]) -> None:
     start()
@@ -650,6 +684,7 @@ def test_doctor_prints_and_writes_the_same(capsys: pytest.CaptureFixture[str], t
     ]
     assert all(row["microseconds"] > 0 and row["gb_s"] > 0 and row["error"] is None for row in report["variants"])
     assert report["report"] in out
+    assert "\nkept between starts in " in out
     assert re.search(r"\((Metal|CUDA)\), .*mlx 0\.\d+.*Of 15 variants 15 compile, 15 run and agree", report["report"])
     assert report["machine"]["device"] in out
 
@@ -691,6 +726,16 @@ def test_doctor_tells_what_generate_remembers(start: Start, edit: Edit, capsys: 
     with with_kernels():
         doctor.main([])
     assert re.search(r"generate remembers qmv: .*64x64.*: .*differ", capsys.readouterr().out)
+
+
+def test_doctor_says_where_the_cache_is_or_why_there_is_none() -> None:
+    folder = Path(os.environ["XDG_CACHE_HOME"]) / "glm-mlx"
+    assert checkup._cache_line() == f"kept between starts in {folder}"
+    folder.chmod(0o777)
+    assert re.fullmatch(
+        rf"nothing is kept between starts, .*: .*other users may write to this folder: '{folder}'",
+        checkup._cache_line(),
+    )
 
 
 @NO_GPU

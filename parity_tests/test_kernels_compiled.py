@@ -5,7 +5,7 @@ import io
 import os
 import subprocess
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -109,8 +109,9 @@ def test_a_module_has_the_names_that_mlx_looks_for(folder: Path) -> None:
     name, text = _source(launch, arrays)
     file = f"{name}_{compiled.text_hash(text.encode()):x}"
     assert files(folder) == [f"{file}.ptx", f"{file}.txt"]
-    line = (folder / f"{file}.txt").read_text()
-    expression, mangled = line.removesuffix("\n").split("\t")
+    line, digest = (folder / f"{file}.txt").read_text().splitlines()
+    assert "\t" not in digest, "MLX takes every line with a tab for a kernel's name"
+    expression, mangled = line.split("\t")
     assert expression == f"mlx::core::cu::{name}"
     assert list(functions((folder / f"{file}.ptx").read_bytes())) == [mangled]
 
@@ -183,7 +184,7 @@ def test_names_come_before_the_code_and_both_in_one_step(folder: Path, monkeypat
     def noting(self: Path, target: Path) -> Path:
         before = files(folder)
         result = replace(self, target)
-        if target.parent == folder:
+        if target.parent == folder and target.suffix in (".txt", ".ptx"):
             seen.append([name[-4:] for name in files(folder) if name not in before])
         return result
 
@@ -301,10 +302,98 @@ def test_a_bad_text_does_not_keep_others_from_being_compiled(folder: Path, monke
         assert compile_ahead([*bad, *recorded(*OTHERS)]) == 2
 
 
-def test_the_default_folder_is_that_of_mlx(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.delenv("MLX_PTX_CACHE_DIR", raising=False)
+# --- what others could have put there
+
+
+def test_mlx_s_default_folder_which_everybody_knows_is_not_written(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("MLX_PTX_CACHE_DIR")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    assert compiled.modules_folder() == tmp_path / "mlx" / importlib.metadata.version("mlx") / "ptx"
+    assert compile_ahead(recorded(SMALL)) == 0
+    assert not (tmp_path / "mlx").exists()
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o770, 0o1777])
+def test_a_folder_that_others_may_write_to_is_not_used(mode: int, folder: Path) -> None:
+    folder.mkdir()
+    folder.chmod(mode)
+    assert compile_ahead(recorded(SMALL)) == 0
+    assert files(folder) == []
+    folder.chmod(0o755)
+    assert compile_ahead(recorded(SMALL)) == 1
+
+
+def _other_code(code: Path) -> None:
+    code.write_bytes(b"planted")
+
+
+def _as_mlx_would_write_it(code: Path) -> None:
+    names = code.with_suffix(".txt").read_text()
+    code.with_suffix(".txt").write_text(names[: names.index("\n") + 1])
+
+
+def _other_names(code: Path) -> None:
+    names = code.with_suffix(".txt")
+    names.write_bytes(names.read_bytes().replace(b"\t", b"\t_"))
+
+
+def _of_another_text(code: Path) -> None:
+    names = code.with_suffix(".txt").read_bytes()
+    head = names[: names.index(compiled.DIGEST)]
+    other = compiled.Module(code, "", b"another text")
+    code.with_suffix(".txt").write_bytes(head + compiled.DIGEST + compiled._digest(other, head, code.read_bytes()))
+
+
+def _a_link(code: Path) -> None:
+    code.symlink_to(code.rename(code.parents[1] / "elsewhere"))
+
+
+def _a_link_to_names(code: Path) -> None:
+    names = code.with_suffix(".txt")
+    names.symlink_to(names.rename(code.parents[1] / "elsewhere"))
+
+
+def _a_pipe(code: Path) -> None:
+    code.unlink()
+    os.mkfifo(code)
+
+
+PLANTED = [_other_code, _as_mlx_would_write_it, _other_names, _of_another_text, _a_link, _a_link_to_names, _a_pipe]
+
+
+@pytest.mark.parametrize("plant", PLANTED)
+@pytest.mark.parametrize("with_compiler", [True, False])
+def test_code_that_was_not_written_here_is_gone_before_mlx_looks(
+    plant: Callable[[Path], None], with_compiler: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = recorded(SMALL)
+    assert compile_ahead(seen) == 1
+    (code,) = folder.glob("*.ptx")
+    before = code.read_bytes()
+    plant(code)
+    if with_compiler:
+        assert compile_ahead(seen) == 1
+        assert not code.is_symlink()
+        assert code.read_bytes() == before
+        assert compile_ahead(seen) == 0
+    else:
+        monkeypatch.setattr(compiled, "_nvrtc", lambda: None)
+        assert compile_ahead(seen) == 0
+        assert not code.is_symlink()
+        assert not code.exists()
+
+
+def test_the_mark_of_a_compilation_follows_no_link(folder: Path, tmp_path: Path) -> None:
+    seen = recorded(SMALL)
+    assert compile_ahead(seen) == 1
+    (code,) = folder.glob("*.ptx")
+    code.unlink()
+    victim = tmp_path / "victim"
+    code.with_suffix(f".{os.getpid()}").symlink_to(victim)
+    assert compile_ahead(seen) == 1
+    assert not victim.exists()
 
 
 # --- who asks for it
@@ -369,7 +458,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 def test_compiled_kernels_stay_in_the_users_cache(gpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     importlib.reload(glm_mlx)
-    assert "MLX_PTX_CACHE_DIR" not in os.environ  # no GPU of NVIDIA's: nothing is made
+    assert os.environ.pop("MLX_PTX_CACHE_DIR") == ""  # no GPU of NVIDIA's: nothing is made
     assert not (tmp_path / "cache").exists()
     gpu(gpus, 0, "NVIDIA H200")
     importlib.reload(glm_mlx)
@@ -400,3 +489,14 @@ def test_a_cache_that_cannot_be_is_left_to_mlx(gpus: Path, tmp_path: Path) -> No
     gpu(gpus, 0, "NVIDIA H200")
     (tmp_path / "cache").touch()
     assert cache_folder.compiled_folder() is None
+
+
+def test_without_a_private_folder_mlx_keeps_nothing(gpus: Path, tmp_path: Path) -> None:
+    """An empty name is no folder to MLX; without a name it would take one that everybody may fill."""
+    gpu(gpus, 0, "NVIDIA H200")
+    folder = tmp_path / "cache" / "glm-mlx"
+    folder.mkdir(parents=True)
+    folder.chmod(0o777)
+    importlib.reload(glm_mlx)
+    assert os.environ["MLX_PTX_CACHE_DIR"] == ""
+    assert list(folder.iterdir()) == []

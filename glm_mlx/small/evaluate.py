@@ -15,12 +15,12 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 from glm_mlx.chat import ChatTemplate, ReasoningSplitter, encode_chat
 from glm_mlx.command import Parser, run
+from glm_mlx.console import Console
 from glm_mlx.engine import Engine
 from glm_mlx.gguf import GGUFFile
 from glm_mlx.load import Loaded, load_model

@@ -11,7 +11,7 @@ import numpy as np
 
 from glm_mlx.command import Parser, run
 from glm_mlx.errors import InputError
-from glm_mlx.gguf import shown
+from kernels.shown import shown
 
 _WINDOW = 50  # steps, whose median is drawn: single batches scatter, and a few leap
 _TICKS = (0.2, 0.3, 0.5, 1, 2, 5)

@@ -5,6 +5,7 @@ and `zig ld.lld` its linker, so that nothing of zig's own library is ever built.
 the shim's, and is linked with nothing but the runtime; libc and libm are those of the Python process.
 """
 
+import atexit
 import functools
 import hashlib
 import importlib.util
@@ -15,9 +16,11 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from kernels.cache_folder import private_folder
 from parity_tests.msl.capture import KernelError
 from parity_tests.msl.source import HERE
 
@@ -85,16 +88,14 @@ def compiler() -> Compiler:
 
 @functools.cache
 def cache_folder() -> Path:
-    """In the user's cache, or in the temporary folder where that cannot be written."""
-    for parent in (Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"), Path(tempfile.gettempdir())):
-        folder = parent / "glm-mlx" / "msl"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError:
-            continue
+    """In the user's cache; where there is none, a new one of this process alone, as its libraries are loaded."""
+    with suppress(OSError):
+        folder = private_folder("msl")
         if os.access(folder, os.W_OK):
             return folder
-    raise KernelError("neither the user's cache folder nor the temporary one can be written")
+    folder = Path(tempfile.mkdtemp(prefix="glm-mlx-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 @functools.cache
