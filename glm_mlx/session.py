@@ -24,7 +24,7 @@ from rich.text import Text
 from glm_mlx.chat import GLM_TEMPLATE, ChatTemplate
 from glm_mlx.conversation import Conversation
 from glm_mlx.engine import Engine, Step
-from glm_mlx.errors import InputError
+from glm_mlx.errors import InputError, NotNumbersError
 from glm_mlx.gguf import shown
 from glm_mlx.hub import resolve
 from glm_mlx.load import Loaded, open_model
@@ -123,7 +123,9 @@ class _Talk:
             return None
         if not answer.text:
             return "no answer yet: it stopped inside the reasoning; raise --count or use --no-think"
-        return f"the answer is cut off: --count allows {self.args.count:,} tokens, reasoning included; raise it for more"
+        return (
+            f"the answer is cut off: --count allows {self.args.count:,} tokens, reasoning included; raise it for more"
+        )
 
     def _take(self, answer: Answer, parts: list[tuple[Part, str]]) -> None:
         for part, text in parts:
@@ -287,6 +289,8 @@ def _chat(talk: _Talk) -> int:
             conversation.add(text, prompt, [step.token for step in answer.steps], answer.reasoning, answer.text)
         except KeyboardInterrupt:  # before or after an answer
             continue
+        except NotNumbersError:  # no turn would be better
+            raise
         except InputError as error:  # too long for the context, say: the conversation before this turn stays
             turns = any(message["role"] == "user" for message in conversation.messages)
             STDERR.print(f"error: {error}{'; /reset starts anew' * turns}", markup=False, soft_wrap=True)

@@ -39,6 +39,7 @@ from parity_tests import variants
 from parity_tests.conftest import MakeModel
 from parity_tests.kernel_cases import on_gpu
 from parity_tests.msl import compiler, executing
+from parity_tests.test_engine import damaged
 
 ROOT = Path(__file__).parents[1]
 COMMAND = [sys.executable, "-m", "glm_mlx.doctor"]
@@ -746,6 +747,23 @@ def test_doctor_plans_for_a_file(model_file: MakeModel, capsys: pytest.CaptureFi
     assert "GLM-4.7-Flash" not in out
     assert dict(table(out, 2))["weights"] == decimal(load_model(path).memory.weights)
     assert "cache of 1,000 tokens" in out
+
+
+@pytest.mark.usefixtures("_few")
+def test_doctor_tries_a_file(
+    model_file: MakeModel, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A damaged block of one expert is found where any token chooses it; too little memory is no damage."""
+    good, out = model_file(SPEC), tmp_path / "doctor.json"
+    broken = damaged(good, tmp_path, "blk.1.ffn_down_exps.weight", 5)
+    for path, code, says in ((good, 0, "are numbers"), (broken, 1, "not numbers")):
+        assert doctor.main(["--model", str(path), "--json", str(out)]) == code
+        (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("The file: ")]
+        assert says in line
+        assert json.loads(out.read_text())["file"] == {"says": line[len("The file: ") :], "damaged": code == 1}
+    monkeypatch.setattr("glm_mlx.memory.machine_memory", lambda: (1000, "a test"))
+    assert doctor.main(["--model", str(broken)]) == 0
+    assert "The file: not tried; " in capsys.readouterr().out
 
 
 @NO_GPU

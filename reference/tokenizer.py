@@ -29,8 +29,8 @@ class ReferenceTokenizer:
     def encode(self, text: str | bytes) -> list[int]:
         """Ids of plain text: `<|user|>` in it is nine characters like any others.
 
-        User-defined tokens without brackets are text, and found first. Bytes that are not UTF-8 become a token each, and
-        end a word.
+        User-defined tokens without brackets are text, and found first. Bytes that are not UTF-8 become a token each,
+        and end a word.
         """
         ids: list[int] = []
         for part in valid_utf8(text.encode() if isinstance(text, str) else text):
