@@ -96,7 +96,7 @@ def _try_file(opened: Opened, kernels_fail: bool) -> Tried:
     if kernels_fail:
         return Tried("not tried, as kernels do not work", False)
     size = opened.tokenizer.vocab_size
-    prompt = mx.array([range(0, size, -(-size // min(TRIED_TOKENS, opened.memory.context)))], mx.int32)
+    prompt = mx.arange(0, size, -(-size // min(TRIED_TOKENS, opened.memory.context)), mx.int32)[None]
     try:
         with opened.memory.limits():
             model = opened.load().model
