@@ -33,7 +33,7 @@ def decode_step(model: Model) -> Counter[str]:
         logits, _ = mx.compile(model.step)(token, mx.array([cache.offset], mx.int32), cache.reserve(1))
     else:
         logits = model.logits(model.hidden_states(token, cache))[:, 0]
-    return primitives(Sampler(SamplingParams(temperature=0), model.cfg.vocab_size, [[]])(logits).token)
+    return primitives(*Sampler(SamplingParams(temperature=0), model.cfg.vocab_size, [[]])(logits).arrays())
 
 
 def launches(found: Mapping[str, int]) -> int:

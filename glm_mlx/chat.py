@@ -1,4 +1,4 @@
-"""Messages to token ids through the file's chat template, and the model's thought apart from its answer.
+"""Messages to token ids through the file's chat template.
 
 Text that a person typed never becomes a control token. A typed `<|user|>` is broken by a sentinel before the template
 sees it, the rendered chat is cut at the special tokens that are still whole (the template's own), and the sentinel is
@@ -9,7 +9,7 @@ import datetime
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
 import jinja2
 from jinja2.ext import loopcontrols
@@ -20,8 +20,6 @@ from glm_mlx.tokenizer import MAX_CHARS, Tokenizer
 
 # GLM's chat format in our own words, for files that bring no template.
 GLM_TEMPLATE = Path(__file__).with_name("glm_chat_template.jinja").read_text("utf-8")
-
-Part = Literal["reasoning", "answer"]
 
 _NONCHARACTERS = [chr(point) for point in range(0xFDD0, 0xFDF0)]  # Unicode promises that these mean nothing
 
@@ -119,40 +117,6 @@ def encode_chat(
     if tokenizer.add_bos and tokenizer.bos_id is not None and ids[:1] != [tokenizer.bos_id]:
         ids.insert(0, tokenizer.bos_id)
     return ids
-
-
-class ReasoningSplitter:
-    """Tells the model's thought from its answer as the tokens come.
-
-    `starts_inside`: the prompt ended with `<think>`. The two tags are never printed, nor the newlines before an answer.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, starts_inside: bool) -> None:
-        self._open, self._close = tokenizer.think_open_id, tokenizer.think_close_id
-        self._text = tokenizer.stream()
-        self._inside = starts_inside
-        self._before_answer = not starts_inside
-
-    def push(self, token_id: int) -> list[tuple[Part, str]]:
-        """The text that this token completes, and where it belongs."""
-        if token_id not in (self._open, self._close):
-            return self._parts(self._text.push(token_id))
-        parts = self.finish()
-        inside = token_id == self._open
-        if inside != self._inside:
-            self._inside = inside
-            self._before_answer = not inside
-        return parts
-
-    def finish(self) -> list[tuple[Part, str]]:
-        """What is left at the end: U+FFFD for half a character."""
-        return self._parts(self._text.finish())
-
-    def _parts(self, text: str) -> list[tuple[Part, str]]:
-        if self._before_answer:
-            text = text.lstrip("\r\n")
-            self._before_answer = not text
-        return [("reasoning" if self._inside else "answer", text)] if text else []
 
 
 def _tojson(value: Any, **options: Any) -> str:

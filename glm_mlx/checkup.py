@@ -8,7 +8,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -27,7 +27,7 @@ from glm_mlx.console import Console
 from glm_mlx.engine import prefill_chunk
 from glm_mlx.errors import InputError
 from glm_mlx.isolation import Isolated, LostError, Rows, Variant
-from glm_mlx.load import open_model
+from glm_mlx.load import Opened, open_model
 from glm_mlx.make_tiny import GLM_FLASH, make_tiny, metadata, tensor_shapes, type_of
 from glm_mlx.memory import MemoryPlan, Tensor, plan_memory
 from glm_mlx.model import activation_dtype
@@ -40,17 +40,15 @@ from kernels.shown import shown
 NO_GPU = "There is no GPU here. Kernels need one: Metal or CUDA. These are their twins, in MLX's own operations."
 LAYERS, VOCABULARY = 47, 154_880  # of GLM-4.7-Flash; its widths are those of GLM_FLASH
 WORKERS = 8  # processes that compile and check at a time
+TRIED_TOKENS = 256  # spread over the vocabulary, that a file of --model is tried with
 NAMED = 8  # variants that do not work, in the paragraph; --json has them all
 
 
 def run(args: argparse.Namespace) -> int:
     if args.json is not None:
         _check_writable(args.json)
-    memory = (
-        glm_flash_memory(args.context, args.kv_bits)
-        if args.model is None
-        else open_model(args.model, None, args.context, args.kv_bits).memory
-    )
+    opened = None if args.model is None else open_model(args.model, None, args.context, args.kv_bits)
+    memory = glm_flash_memory(args.context, args.kv_bits) if opened is None else opened.memory
     on_gpu = any(launcher.back_end(op) is not None for op in launcher.OPS)
     found = _check_all(on_gpu, timed=not args.compile_only)
     conditions = {**machine(), "glm-mlx": _own_version(), "python": platform.python_version()}
@@ -62,6 +60,10 @@ def run(args: argparse.Namespace) -> int:
     console.print()
     console.print(memory.table("GLM-4.7-Flash in Q4_0, memory" if args.model is None else "memory"))
     console.print(f"\nFor a bug report:\n\n{report}", soft_wrap=True, markup=False)
+    tried = None
+    if opened is not None and not args.compile_only:
+        tried = _try_file(opened, any(result.error for result in found.values()))
+        console.print(f"\nThe file: {tried.says}", soft_wrap=True, markup=False)
     if args.json is not None:
         whole = {
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -69,12 +71,42 @@ def run(args: argparse.Namespace) -> int:
             "report": report,
             "remembered": remembered,
             "memory": asdict(memory),
+            "file": None if tried is None else asdict(tried),
             "variants": [{**asdict(variant), **asdict(result)} for variant, result in found.items()],
         }
         args.json.write_text(json.dumps(whole, indent=1, allow_nan=False) + "\n")
     if args.compile_only:
         return 0 if found and all(result.compiles for result in found.values()) else 1
-    return 1 if any(result.error for result in found.values()) else 0
+    return 1 if any(result.error for result in found.values()) or (tried and tried.damaged) else 0
+
+
+@dataclass(frozen=True)
+class Tried:
+    """What a token of a file's own model says of it."""
+
+    says: str
+    damaged: bool
+
+
+def _try_file(opened: Opened, kernels_fail: bool) -> Tried:
+    """Load the file and compute a prompt that many of the experts see: what comes of it must be numbers.
+
+    Not where kernels fail, which might hang, or where the memory does not do: neither is the file's fault.
+    """
+    if kernels_fail:
+        return Tried("not tried, as kernels do not work", False)
+    size = opened.tokenizer.vocab_size
+    prompt = mx.arange(0, size, -(-size // min(TRIED_TOKENS, opened.memory.context)), mx.int32)[None]
+    try:
+        with opened.memory.limits():
+            model = opened.load().model
+            hidden = model.hidden_states(prompt, model.new_cache())
+            finite = mx.isfinite(hidden).all() & mx.isfinite(model.logits(hidden[:, -1:])).all()
+            if not finite.item():
+                return Tried("its logits are not numbers (NaN or infinite); it may be damaged: fetch it again", True)
+    except InputError as error:
+        return Tried(f"not tried; {error}", False)
+    return Tried(f"the logits behind {prompt.size} tokens are numbers", False)
 
 
 def glm_flash_memory(context: int | None, kv_bits: KvBits = 16) -> MemoryPlan:

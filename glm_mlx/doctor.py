@@ -11,12 +11,14 @@ from glm_mlx.command import Parser, context, run
 
 DESCRIPTION = "Compile every kernel on this device, hold each against its twin in MLX's own operations, and time it."
 NOTES = """\
-The table goes to standard output, below it what a model takes of this machine's memory (worked out, not loaded), and a
-paragraph for a bug report. Each kernel runs in a process that it may take down or hang (for a minute), so that one that
-does not work hides no other. The inputs are small, so that caches hold them: GB/s says that a kernel runs, not how fast
-it is in a model. Without a GPU the twins are run and timed.
-Exit codes: 0 every kernel works, or there is no GPU; 1 one does not; 2 something you gave cannot be used; 130 stopped
-with Ctrl-C. With --compile-only: 0 every kernel compiles; 1 one does not, or there is no GPU.
+The table goes to standard output, below it what a model takes of this machine's memory (worked out), and a paragraph
+for a bug report. The file of --model is then loaded, and a token computed: its logits must be numbers. Each kernel runs
+in a process that it may take down or hang (for a minute), so that one that does not work hides no other. The inputs are
+small, so that caches hold them: GB/s says that a kernel runs, not how fast it is in a model. Without a GPU the twins
+are run and timed.
+Exit codes: 0 every kernel works, or there is no GPU; 1 one does not, or the file's logits are not numbers; 2 something
+you gave cannot be used; 130 stopped with Ctrl-C. With --compile-only no file is loaded: 0 every kernel compiles; 1 one
+does not, or there is no GPU.
 """
 
 
@@ -28,7 +30,10 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--model", "-m", metavar="FILE", help="the memory that this .gguf file takes (default: GLM-4.7-Flash in Q4_0)"
+        "--model",
+        "-m",
+        metavar="FILE",
+        help="the memory that this .gguf file takes, and if its model works (default: GLM-4.7-Flash in Q4_0)",
     )
     parser.add_argument(
         "--context", type=context, metavar="N|auto", help="with so many tokens (default auto: as many as fit)"

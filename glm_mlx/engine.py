@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from glm_mlx.errors import InputError
+from glm_mlx.errors import InputError, NotNumbersError
 from glm_mlx.model import Model
 from glm_mlx.model_cases import launches
 from glm_mlx.sampling import Sample, Sampler, SamplingParams
@@ -88,7 +88,8 @@ class Engine:
         """Yields up to `max_tokens` tokens; a stop id is yielded, then ends it. Closing the generator cancels.
 
         `on_prefill(done, total)` is called with prompt tokens before the first chunk and after each. Raises InputError
-        for an empty prompt, one that does not fit the context, or ids that are not in the vocabulary.
+        for an empty prompt, one that does not fit the context, or ids that are not in the vocabulary; NotNumbersError
+        in place of a token whose logits are NaN or infinite.
         """
         cfg = self.model.cfg
         if not prompt:
@@ -117,8 +118,8 @@ class Engine:
             return
 
         last = time.perf_counter()
-        sample = sampler(logits)
-        mx.eval(sample.arrays())  # before the look-ahead, which on a CPU would delay it by a whole step
+        sample, all_finite = sampler(logits), mx.all(mx.isfinite(logits))
+        mx.eval(all_finite, sample.arrays())  # before the look-ahead, which on a CPU would delay it by a whole step
         now = time.perf_counter()
         stats.time_to_first_token, seconds = now - start, now - last
         for n in range(max_tokens):
@@ -126,6 +127,12 @@ class Engine:
             if ahead is not None:
                 mx.async_eval(ahead.arrays())  # the device goes on while the host looks at this token
             token = int(sample.token)
+            if sample.is_nan.item() or (n == 0 and not all_finite.item()):
+                self.tokens = []  # their rows may be no numbers either
+                raise NotNumbersError(
+                    f"the model's logits are not numbers after {len(prompt) + n:,} tokens (NaN or infinite); the file "
+                    "may be damaged: fetch it again"
+                )
             if n > 0:
                 now = time.perf_counter()
                 seconds = now - last

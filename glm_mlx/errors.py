@@ -13,6 +13,10 @@ class InputError(Exception):
     """
 
 
+class NotNumbersError(InputError):
+    """The model's logits are NaN or infinite: nothing that this file goes on to say means anything."""
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether this was raised because there was no memory."""
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(NO_MEMORY.search(str(error))))

@@ -63,15 +63,20 @@ def _check(name: str, value: object, good: bool, wanted: str) -> None:
 
 @dataclass(frozen=True)
 class Sample:
-    """One drawn token for each sequence, still on the device. Log-probabilities are the model's own, before filters."""
+    """One drawn token for each sequence, still on the device. Log-probabilities are the model's own, before filters.
+
+    `is_nan`: the logits were no numbers. It looks at one of them: a hidden state that is NaN makes all of them NaN. A
+    damaged output matrix can make some NaN, but then it does so for every token, and the engine looks at all once.
+    """
 
     token: mx.array  # (B,) int32
+    is_nan: mx.array  # (B,) bool
     logprob: mx.array | None  # (B,)
     top_tokens: mx.array | None  # (B, logprobs), most likely first
     top_logprobs: mx.array | None
 
     def arrays(self) -> list[mx.array]:
-        return [a for a in (self.token, self.logprob, self.top_tokens, self.top_logprobs) if a is not None]
+        return [a for a in (self.token, self.is_nan, self.logprob, self.top_tokens, self.top_logprobs) if a is not None]
 
 
 class Sampler:
@@ -104,12 +109,14 @@ class Sampler:
             self._seen[rows, token] = True
         if self._uses is not None:
             self._uses = self._uses.at[rows, token].add(1)
+        is_nan = mx.isnan(logits[:, 0])
         if self.params.logprobs is None:
-            return Sample(token, None, None, None)
+            return Sample(token, is_nan, None, None, None)
         logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
         top = mx.argsort(-logprobs, axis=-1)[:, : self.params.logprobs]
         return Sample(
             token,
+            is_nan,
             mx.take_along_axis(logprobs, token[:, None], axis=-1)[:, 0],
             top,
             mx.take_along_axis(logprobs, top, axis=-1),
@@ -129,7 +136,7 @@ class Sampler:
     def _draw(self, logits: mx.array) -> mx.array:
         p = self.params
         if p.temperature == 0:
-            return mx.argmax(logits, axis=-1).astype(mx.int32)
+            return mx.argmax(logits, axis=-1).view(mx.int32)  # a view, where a cast would be a launch more
         self._key, key = mx.random.split(self._key)
         if not p.top_k and p.top_p == 1 and not p.min_p:
             return mx.random.categorical(logits / p.temperature, key=key).astype(mx.int32)

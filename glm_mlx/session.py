@@ -20,14 +20,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Table
 from rich.text import Text
 
-from glm_mlx.chat import GLM_TEMPLATE, ChatTemplate, Part, ReasoningSplitter
+from glm_mlx.chat import GLM_TEMPLATE, ChatTemplate
 from glm_mlx.console import Console
 from glm_mlx.conversation import Conversation
 from glm_mlx.engine import Engine, Step
-from glm_mlx.errors import InputError
+from glm_mlx.errors import InputError, NotNumbersError
 from glm_mlx.hub import resolve
 from glm_mlx.load import Loaded, open_model
 from glm_mlx.model import decode_bytes
+from glm_mlx.output import OutputSplitter, Part
 from glm_mlx.sampling import SamplingParams
 from glm_mlx.self_test import leave_broken_kernels
 from glm_mlx.small import SMALL_MODEL
@@ -91,7 +92,7 @@ class _Talk:
         """Generate, and print as it comes. Ctrl-C ends the answer, which then says "interrupted"."""
         tokenizer, answer, benchmark = self.loaded.tokenizer, Answer(), self.args.benchmark
         stop_ids = tokenizer.stop_ids if benchmark is None else frozenset[int]()
-        splitter = ReasoningSplitter(tokenizer, starts_inside=ids[-1:] == [tokenizer.think_open_id])
+        splitter = OutputSplitter(tokenizer, starts_inside=ids[-1:] == [tokenizer.think_open_id])
         # A benchmark runs one token further than it shows: the last one has no look-ahead beside it.
         count = self.args.count if benchmark is None else benchmark + 1
         try:
@@ -105,20 +106,30 @@ class _Talk:
                         self._take(answer, splitter.push(step.token))
         except KeyboardInterrupt:
             answer.finish = "interrupted"
-        self._take(answer, splitter.finish())
-        if not self.args.json:
-            if answer.text:
+        finally:  # an error's line comes below what was printed before it
+            self._take(answer, splitter.finish())
+            if answer.text and not self.args.json:
                 print(flush=True)
-            if len(ids) + len(answer.steps) == self.engine.context:
-                more = "; /reset starts anew, --drop-reasoning keeps more turns" if self.args.chat else ""
-                STDERR.print(f"\nthe context of {self.engine.context:,} tokens is full{more}", soft_wrap=True)
-            elif not answer.text and answer.finish == "length" and benchmark is None:
-                STDERR.print("\nno answer yet: it stopped inside the reasoning; raise --count or use --no-think")
+        if notice := self._notice(ids, answer):
+            STDERR.print(notice if self.args.json else f"\n{notice}", soft_wrap=True)
         return answer
+
+    def _notice(self, ids: list[int], answer: Answer) -> str | None:
+        """Why an answer ended that the model did not end. None where `--benchmark` or Ctrl-C did."""
+        if len(ids) + len(answer.steps) == self.engine.context:
+            more = "; /reset starts anew, --drop-reasoning keeps more turns" if self.args.chat else ""
+            return f"the context of {self.engine.context:,} tokens is full{more}"
+        if answer.finish != "length" or self.args.benchmark is not None:
+            return None
+        if not answer.text:
+            return "no answer yet: it stopped inside the reasoning; raise --count or use --no-think"
+        return (
+            f"the answer is cut off: --count allows {self.args.count:,} tokens, reasoning included; raise it for more"
+        )
 
     def _take(self, answer: Answer, parts: list[tuple[Part, str]]) -> None:
         for part, text in parts:
-            if part == "answer":
+            if part != "reasoning":  # calls of tools are printed as the model wrote them
                 if answer.reasoning and not answer.text and not self.args.json:
                     STDERR.print("\n")
                 answer.text += text
@@ -278,6 +289,8 @@ def _chat(talk: _Talk) -> int:
             conversation.add(text, prompt, [step.token for step in answer.steps], answer.reasoning, answer.text)
         except KeyboardInterrupt:  # before or after an answer
             continue
+        except NotNumbersError:  # no turn would be better
+            raise
         except InputError as error:  # too long for the context, say: the conversation before this turn stays
             turns = any(message["role"] == "user" for message in conversation.messages)
             STDERR.print(f"error: {shown(error)}{'; /reset starts anew' * turns}", markup=False, soft_wrap=True)

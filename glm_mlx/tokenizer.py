@@ -1,9 +1,15 @@
 """Text to token ids and back: byte-level BPE from a GGUF file's `tokenizer.ggml.*` metadata.
 
 Sources: the key names and the split patterns are those of llama.cpp (`src/llama-vocab.cpp` at 00ad355e); the BPE itself
-is the `tokenizers` library. Two choices of our own:
-- Plain text never becomes a special token (token_type 3 control, 4 user-defined) unless the caller asks for it.
-- Bytes that are no UTF-8 survive: each becomes its own byte token.
+is the `tokenizers` library. Choices of our own:
+- Plain text never becomes a special token unless the caller asks for it. Special are control tokens (token_type 3) and
+  markup: user-defined tokens (4) with an angle or square bracket in their name, as `<think>` and `<tool_call>`.
+- Other user-defined tokens are text, and plain text becomes them: letters that DeepSeek's vocabulary lacks (`ü`).
+- Decoded text holds user-defined tokens, markup too. It holds control tokens only if the caller asks for them.
+- Bytes that are no UTF-8 survive: each becomes its own byte token, or U+FFFD where the file has none for it.
+
+The file spells plain tokens in GPT-2's byte alphabet, special and user-defined ones as they are. `ü` is a letter in one
+and the byte 0xFC in the other, so the type decides. A vocabulary needs the bytes of UTF-8: they are bytes in any type.
 """
 
 import codecs
@@ -74,9 +80,12 @@ def _byte_chars() -> tuple[str, ...]:
 BYTE_CHARS = _byte_chars()  # byte -> the character that stands for it in the file's tokens
 _BYTE_ALPHABET = frozenset(BYTE_CHARS)
 _CHAR_TO_LATIN1 = {ord(char): byte for byte, char in enumerate(BYTE_CHARS)}
+_NEVER_IN_UTF8 = frozenset(BYTE_CHARS[byte] for byte in (0xC0, 0xC1, *range(0xF5, 0x100)))
 
+_BRACKET = re.compile(r"[<>\[\]]")  # in the name of markup
 _ESCAPED_BYTE = re.compile("([\udc80-\udcff])")  # what `surrogateescape` makes of a byte that is no UTF-8
 _OTHER_SURROGATE = re.compile("[\ud800-\udc7f\udd00-\udfff]")
+_SURROGATES = re.compile("([\ud800-\udfff]+)")
 
 
 class Tokenizer:
@@ -97,17 +106,19 @@ class Tokenizer:
         if len(types) != len(self._tokens):
             raise _unusable("tokenizer.ggml.token_type", f"has {len(types)} entries for {len(self._tokens)} tokens")
         self._ids = _ids_by_token(self._tokens)
-        # A byte token stays one whatever its type: DeepSeek's files mark the bytes that UTF-8 never uses as type 4.
-        self._special = {
-            token: index
+        named = [
+            (token, index, kind)
             for index, (token, kind) in enumerate(zip(self._tokens, types, strict=True))
-            if kind in (_CONTROL, _USER_DEFINED) and token and token not in _BYTE_ALPHABET
-        }
-        self._special_ids = frozenset(self._special.values())
-        missing = [byte for byte, char in enumerate(BYTE_CHARS) if char not in self._ids]
-        if missing:
-            raise _unusable("tokenizer.ggml.tokens", f"has no token for the byte 0x{missing[0]:02X}")
-        self._byte_ids = [self._ids[char] for char in BYTE_CHARS]
+            if kind in (_CONTROL, _USER_DEFINED) and not _is_byte(token, kind)
+        ]
+        self._control_ids = frozenset(index for _, index, kind in named if kind == _CONTROL)
+        self._raw_ids = frozenset(index for _, index, _ in named)  # spelled as they are, not in the byte alphabet
+        self._special = {token: i for token, i, kind in named if token and (kind == _CONTROL or _BRACKET.search(token))}
+        self._words = {token: i for token, i, _ in named if token and token not in self._special}
+        self._byte_ids = [None if char in self._words else self._ids.get(char) for char in BYTE_CHARS]
+        for byte, char in enumerate(BYTE_CHARS):
+            if self._byte_ids[byte] is None and char not in _NEVER_IN_UTF8:
+                raise _unusable("tokenizer.ggml.tokens", f"has no token for the byte 0x{byte:02X}")
         self._bpe = self._build(pre, _list(metadata, "tokenizer.ggml.merges", str))
 
         if "tokenizer.ggml.eos_token_id" not in metadata:
@@ -124,14 +135,16 @@ class Tokenizer:
             raise _unusable("tokenizer.ggml.add_bos_token", "is true, and tokenizer.ggml.bos_token_id is missing")
         self.think_open_id: int | None = self._ids.get("<think>")
         self.think_close_id: int | None = self._ids.get("</think>")
+        self.call_open_id: int | None = self._ids.get("<tool_call>")
+        self.call_close_id: int | None = self._ids.get("</tool_call>")
         self.vocab_size = len(self._tokens)
 
     def _build(self, pre: str, merges: list[str]) -> tokenizers.Tokenizer:
-        """The library's tokenizer over the plain tokens alone, so that it cannot make a special one."""
+        """The library's tokenizer over plain tokens and words alone, so that it cannot make a special one."""
         plain = {
             token: index
             for token, index in self._ids.items()
-            if token not in self._special and _BYTE_ALPHABET.issuperset(token)
+            if index not in self._raw_ids and _BYTE_ALPHABET.issuperset(token)
         }
         pairs: dict[tuple[str, str], None] = {}  # ordered, and the first of two equal merges counts
         for merge in merges:
@@ -143,7 +156,9 @@ class Tokenizer:
             elif not {left, right, left + right} <= self._ids.keys():
                 raise _unusable("tokenizer.ggml.merges", f"has {reprlib.repr(merge)}, which names an unknown token")
             # Else the merge needs a special token, or one that no bytes can spell: text never reaches it.
-        bpe = tokenizers.Tokenizer(models.BPE(vocab=plain, merges=list(pairs)))
+        words = {token: index for token, index in self._words.items() if not _SURROGATES.search(token)}
+        bpe = tokenizers.Tokenizer(models.BPE(vocab=plain | words, merges=list(pairs)))
+        bpe.add_special_tokens(list(words))  # "special" for the library: found in a text before it is split
         splits: list[Any] = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in _PATTERNS[pre]]
         byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         bpe.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])
@@ -169,20 +184,32 @@ class Tokenizer:
     def _encode_plain(self, text: str) -> Iterator[int]:
         for piece in _ESCAPED_BYTE.split(_OTHER_SURROGATE.sub("\ufffd", text)):
             if _ESCAPED_BYTE.match(piece):
-                yield self._byte_ids[ord(piece) - 0xDC00]
+                index = self._byte_ids[ord(piece) - 0xDC00]
+                yield from self._encode_plain("\ufffd") if index is None else [index]
             elif piece:
                 yield from self._bpe.encode(piece, add_special_tokens=False).ids
 
     def split_special(self, text: str) -> Iterator[str | int]:
         """The text cut at the names of special tokens: ids for the names, the longest first, and text between."""
         start = 0
-        for found in self._special_pattern.finditer(text):
-            if found.start() > start:
-                yield text[start : found.start()]
-            yield self._special[found[0]]
-            start = found.end()
+        for at, end in self._find_special(text):
+            if at > start:
+                yield text[start:at]
+            yield self._special[text[at:end]]
+            start = end
         if start < len(text):
             yield text[start:]
+
+    def _find_special(self, text: str) -> Iterator[tuple[int, int]]:
+        """Where names of special tokens stand in the text: (start, end)."""
+        if self._finder is None:
+            return
+        at = 0
+        for piece in _SURROGATES.split(text):  # which the library does not take; no name holds one
+            if piece and not _SURROGATES.match(piece):
+                found = self._finder.encode(piece, add_special_tokens=False)
+                yield from ((at + a, at + b) for i, (a, b) in zip(found.ids, found.offsets, strict=True) if i)
+            at += len(piece)
 
     @cached_property
     def special_names(self) -> list[str]:
@@ -193,11 +220,20 @@ class Tokenizer:
         return sorted((name for name in self._special if len(name) > 1), key=len, reverse=True)
 
     @cached_property
-    def _special_pattern(self) -> re.Pattern[str]:
-        return re.compile("|".join(map(re.escape, self.special_names)) or "(?!)")  # (?!) matches nothing
+    def _finder(self) -> tokenizers.Tokenizer | None:
+        """A tokenizer whose tokens are the special names, and 0 is all between them.
+
+        The library finds them in one pass over the text, however many there are: a file may name 400,000.
+        """
+        names = [name for name in self.special_names if not _SURROGATES.search(name)]
+        if not names:
+            return None
+        finder = tokenizers.Tokenizer(models.WordLevel({"?": 0}, unk_token="?"))
+        finder.add_special_tokens(names)
+        return finder
 
     def decode_bytes(self, ids: Iterable[int], *, special: bool = False) -> bytes:
-        """The bytes of some tokens. Special tokens give their names if `special`, else nothing.
+        """The bytes of some tokens. Control tokens give their names if `special`, else nothing.
 
         Ids outside the vocabulary (a padded output layer has some) give nothing.
         """
@@ -209,9 +245,9 @@ class Tokenizer:
 
     def _token_bytes(self, index: int, special: bool) -> bytes:
         token = self.token(index)
-        if index in self._special_ids:
-            return token.encode("utf-8", "replace") if special else b""
-        if _BYTE_ALPHABET.issuperset(token):
+        if index in self._control_ids and not special:
+            return b""
+        if index not in self._raw_ids and _BYTE_ALPHABET.issuperset(token):
             return token.translate(_CHAR_TO_LATIN1).encode("latin-1")
         return token.encode("utf-8", "replace")
 
@@ -236,12 +272,20 @@ class Detokenizer:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token_id: int) -> str:
-        """The text that this token completes; "" for a special token."""
+        """The text that this token completes; "" for a control token."""
         return self._decoder.decode(self._tokenizer.decode_bytes([token_id]))
 
     def finish(self) -> str:
         """What is left, U+FFFD for half a character. The decoder is then new again."""
         return self._decoder.decode(b"", final=True)
+
+
+def _is_byte(token: str, kind: int) -> bool:
+    """True for a token that stands for a byte though its type is special.
+
+    A user-defined one of the 13 bytes that UTF-8 never uses is the letter instead: DeepSeek's files have those.
+    """
+    return token in _BYTE_ALPHABET and not (kind == _USER_DEFINED and token in _NEVER_IN_UTF8)
 
 
 def _unusable(key: str, what: str) -> InputError:

@@ -107,9 +107,12 @@ def refusal(path: Path) -> str:
 
 
 def generate_two(loaded: Loaded) -> None:
-    """Two tokens after three: every array of the model is used. A context that is too short may say so."""
+    """Two tokens after three: every array of the model is used. It may say that a context is too short, or that random
+    bytes read as weights came to no numbers.
+    """
     steps = attempt(lambda: list(Engine(loaded.model).generate([1, 2, 3], SamplingParams(temperature=0.0), 2)))
-    assert "the model's context" in steps if isinstance(steps, str) else 1 <= len(steps) <= 2
+    said = ("the model's context", "the model's logits are not numbers")
+    assert any(text in steps for text in said) if isinstance(steps, str) else 1 <= len(steps) <= 2
 
 
 # What is no model at all

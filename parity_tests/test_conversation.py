@@ -4,10 +4,11 @@ from collections.abc import Sequence
 
 import pytest
 
-from glm_mlx.chat import GLM_TEMPLATE, ChatTemplate, ReasoningSplitter
+from glm_mlx.chat import GLM_TEMPLATE, ChatTemplate
 from glm_mlx.conversation import Conversation
 from glm_mlx.engine import Engine
 from glm_mlx.load import Loaded, load_model
+from glm_mlx.output import OutputSplitter
 from glm_mlx.sampling import SamplingParams
 from glm_mlx.small import SMALL_MODEL
 
@@ -34,12 +35,12 @@ def conversation(small: Loaded, template: str = GLM_TEMPLATE, **options: bool) -
 def say(small: Loaded, talk: Conversation, text: str, tokens: Sequence[int]) -> list[int]:
     """A turn with this answer. Returns its prompt."""
     prompt = talk.ask(text)
-    splitter = ReasoningSplitter(small.tokenizer, starts_inside=prompt[-1] == small.tokenizer.think_open_id)
-    said = {"reasoning": "", "answer": ""}
+    splitter = OutputSplitter(small.tokenizer, starts_inside=prompt[-1] == small.tokenizer.think_open_id)
+    said = {"reasoning": "", "answer": "", "tool_call": ""}
     for token in tokens:
         for part, piece in splitter.push(token) if token not in small.tokenizer.stop_ids else ():
             said[part] += piece
-    talk.add(text, prompt, list(tokens), said["reasoning"], said["answer"])
+    talk.add(text, prompt, list(tokens), said["reasoning"], said["answer"] + said["tool_call"])
     return prompt
 
 
@@ -79,6 +80,17 @@ def test_a_thought_that_was_cut_short_is_closed(small: Loaded) -> None:
     first = say(small, talk, "Hello", encode(small, "hm"))
     following = [*first, *encode(small, "hm</think><|user|>Go on<|assistant|><think>")]
     assert talk.ask("Go on") == following
+
+
+def test_a_call_of_a_tool_stays_in_the_history(small: Loaded) -> None:
+    """As the tokens that it was; where old turns are read again, as its text."""
+    call = "I look.<tool_call>look<arg_key>at</arg_key><arg_value>a b</arg_value></tool_call>"
+    for keep in (True, False):
+        talk = conversation(small, keep_reasoning=keep)
+        say(small, talk, "Hello", encode(small, f"hm</think>{call}<|observation|>"))
+        prompt = talk.ask("Go on")
+        assert f"</think>{call}<|user|>Go on" in small.tokenizer.decode(prompt, special=True)
+        assert (small.tokenizer.call_open_id in prompt) == keep
 
 
 @pytest.mark.parametrize("template", [GLM_TEMPLATE, GLM_TEMPLATE.replace("clear_thinking is false", "true")])

@@ -27,7 +27,7 @@ from glm_mlx import checkup, doctor, generate, self_test
 from glm_mlx.cache import STEP, KvBits
 from glm_mlx.compositions import COMPOSITIONS, NARROW, read_small
 from glm_mlx.isolation import COMPILED, Isolated, LostError, Rows, Variant
-from glm_mlx.load import load_model
+from glm_mlx.load import load_model, open_model
 from glm_mlx.make_tiny import TinySpec
 from glm_mlx.model import Model
 from glm_mlx.model_cases import CHUNK, CONTEXTS, chunk_cases, decode_cases, launches
@@ -39,6 +39,7 @@ from parity_tests import variants
 from parity_tests.conftest import MakeModel
 from parity_tests.kernel_cases import on_gpu
 from parity_tests.msl import compiler, executing
+from parity_tests.test_engine import damaged
 
 ROOT = Path(__file__).parents[1]
 COMMAND = [sys.executable, "-m", "glm_mlx.doctor"]
@@ -791,6 +792,33 @@ def test_doctor_plans_for_a_file(model_file: MakeModel, capsys: pytest.CaptureFi
     assert "GLM-4.7-Flash" not in out
     assert dict(table(out, 2))["weights"] == decimal(load_model(path).memory.weights)
     assert "cache of 1,000 tokens" in out
+
+
+@pytest.mark.usefixtures("_few")
+def test_doctor_tries_a_file(
+    model_file: MakeModel, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It says and writes if the logits are numbers. Too little memory to see is no damage."""
+    good, out = model_file(SPEC), tmp_path / "doctor.json"
+    broken = damaged(good, tmp_path, "blk.1.ffn_down_exps.weight", 5)
+    for path, code, says in ((good, 0, "are numbers"), (broken, 1, "not numbers")):
+        assert doctor.main(["--model", str(path), "--json", str(out)]) == code
+        (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("The file: ")]
+        assert says in line
+        assert json.loads(out.read_text())["file"] == {"says": line[len("The file: ") :], "damaged": code == 1}
+    monkeypatch.setattr("glm_mlx.memory.machine_memory", lambda: (1000, "a test"))
+    assert doctor.main(["--model", str(broken)]) == 0
+    assert "The file: not tried; " in capsys.readouterr().out
+
+
+def test_a_damaged_expert_of_the_last_layer_is_found_whichever_it_is(model_file: MakeModel, tmp_path: Path) -> None:
+    """Any token of the prompt may choose it, not the last alone."""
+    good = model_file(SPEC)
+    assert not checkup._try_file(open_model(good), kernels_fail=False).damaged
+    for expert in range(SPEC.num_experts):
+        broken = open_model(damaged(good, tmp_path, "blk.1.ffn_down_exps.weight", expert))
+        assert checkup._try_file(broken, kernels_fail=False).damaged, expert
+        assert not checkup._try_file(broken, kernels_fail=True).damaged, "not tried"
 
 
 @NO_GPU

@@ -1,5 +1,6 @@
 """The engine: what it yields, what its cache holds afterwards, and what its figures mean."""
 
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -7,7 +8,8 @@ import pytest
 
 from glm_mlx.cache import STEP
 from glm_mlx.engine import Engine, Step
-from glm_mlx.errors import InputError
+from glm_mlx.errors import InputError, NotNumbersError
+from glm_mlx.gguf import GGUFFile
 from glm_mlx.make_tiny import TinySpec
 from glm_mlx.model import Model
 from glm_mlx.sampling import SamplingParams
@@ -228,6 +230,50 @@ def test_the_context_is_the_limit(model: Model, context: int) -> None:
     with pytest.raises(InputError, match="full"):
         engine.cache.reserve(2)  # the last token of an answer is not cached
     assert Engine(model, context=1000).context == 64
+
+
+DRAWS = ["greedy", "drawn", "filtered"]
+NAN, INFINITE = b"\x00\x7e", b"\x00\x7c"  # float16, as the scale of a block of Q4_0
+
+
+def damaged(file: Path, folder: Path, tensor: str, row: int, scale: bytes = NAN) -> Path:
+    """A copy of the file in which the first block of a row has this scale."""
+    info = GGUFFile(file).tensors[tensor]
+    data, at = bytearray(file.read_bytes()), info.offset + row * (info.nbytes // info.shape[0])
+    data[at : at + 2] = scale
+    copy = folder / "damaged.gguf"
+    copy.write_bytes(data)
+    return copy
+
+
+@pytest.mark.parametrize("row", [0, 300, 575])
+@pytest.mark.parametrize("scale", [NAN, INFINITE], ids=["NaN", "infinite"])
+@pytest.mark.parametrize("params", [GREEDY, SamplingParams(), SamplingParams(top_p=0.9, logprobs=1)], ids=DRAWS)
+def test_one_logit_that_is_no_number_is_an_error_before_any_token(
+    row: int, scale: bytes, params: SamplingParams, model_file: MakeModel, tmp_path: Path
+) -> None:
+    """Of any token of the vocabulary, drawn or not."""
+    broken = load_whole(damaged(model_file(TinySpec(context_length=64)), tmp_path, "output.weight", row, scale))
+    with pytest.raises(NotNumbersError, match=r"logits are not numbers after 5 tokens .*; the file may be damaged"):
+        next(Engine(broken).generate(tokens(5), params, 3))
+
+
+@pytest.mark.parametrize("params", [GREEDY, SamplingParams(seed=1), SamplingParams(top_p=0.9, seed=1)], ids=DRAWS)
+def test_logits_that_stop_being_numbers_end_an_answer(
+    params: SamplingParams, model: Model, model_file: MakeModel, tmp_path: Path
+) -> None:
+    """By a token whose embedding is damaged: what came before it is there, and no later prompt stands on its rows."""
+    prompt = tokens(5)
+    good = generate(Engine(model), prompt, 12, params)
+    at = next(i for i, token in enumerate(good) if i and token not in prompt and token not in good[:i])
+    path = damaged(model_file(TinySpec(context_length=64)), tmp_path, "token_embd.weight", good[at])
+    engine = Engine(load_whole(path))
+    steps = engine.generate(prompt, params, 12)
+    assert [next(steps).token for _ in range(at + 1)] == good[: at + 1]
+    with pytest.raises(NotNumbersError, match=f"after {5 + at + 1} tokens"):
+        next(steps)
+    assert engine.tokens == []
+    assert generate(engine, prompt, 2, params) == good[:2]
 
 
 @pytest.mark.parametrize(("prompt", "says"), [([], "empty"), ([5, 99999], "outside"), ([-1], "outside")])

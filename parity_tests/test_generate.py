@@ -9,18 +9,21 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import mlx.core as mx
 import pytest
 
 from glm_mlx import command, generate, memory, session, weights
+from glm_mlx.engine import Engine, Step
 from glm_mlx.gguf import GGUFFile
 from glm_mlx.load import open_model
 from glm_mlx.make_tiny import TinySpec
+from glm_mlx.small import SMALL_MODEL
 from glm_mlx.tokenizer import Tokenizer
 from parity_tests.conftest import MakeModel
+from parity_tests.test_engine import damaged
 
 ROOT = Path(__file__).parents[1]
 COMMAND = [sys.executable, "-m", "glm_mlx.generate"]
@@ -71,6 +74,63 @@ def test_reasoning_goes_to_standard_error(model: str) -> None:
     done = run("-m", model, "Hello", "-n", "6", "--seed", "1")
     assert done.stdout == b""
     assert b"inside the reasoning" in done.stderr
+
+
+def test_an_answer_cut_off_by_count_says_so_in_one_line(model: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """With --json too. Not one that ends by itself, nor a benchmark."""
+    arguments = ["-m", model, "Hello", "--no-think", "--seed", "1", *never_stops(model)]
+    line = "the answer is cut off: --count allows 12 tokens, reasoning included; raise it for more"
+    for more, said in (
+        ([*arguments, "-n", "12"], [line]),
+        ([*arguments, "-n", "12", "--json"], [line]),
+        ([*arguments, "--benchmark", "12"], []),
+        (["What is 47 + 38?", "--temp", "0"], []),
+    ):
+        assert generate.main(more) == 0
+        assert [text for text in capfd.readouterr().err.splitlines() if "cut off" in text] == said
+
+
+def said(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    """Whatever the prompt, the model says this."""
+
+    def generate(engine: Engine, *rest: object) -> Iterator[Step]:
+        ids = Tokenizer(GGUFFile(SMALL_MODEL).metadata).encode(text, special=True)
+        yield from (Step(token, 0.1, number) for number, token in enumerate(ids))
+
+    monkeypatch.setattr(Engine, "generate", generate)
+
+
+def test_calls_of_tools_are_printed_as_the_model_wrote_them(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On standard output with the answer, with --raw and with --json too."""
+    call = "<tool_call>fish<arg_key>place</arg_key><arg_value>true</arg_value></tool_call>"
+    said(monkeypatch, f"hm</think>I look.\n{call}{call}<|observation|>")
+    assert generate.main(["Hello"]) == 0
+    assert capfd.readouterr().out == f"I look.\n{call}{call}\n"
+    assert report(capfd, "Hello")["text"] == f"I look.\n{call}{call}"
+    assert generate.main(["--raw", "Hello<think>"]) == 0
+    assert capfd.readouterr().out == f"I look.\n{call}{call}\n"
+
+
+def test_logits_that_are_not_numbers_end_it_with_one_line(
+    model: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Below what was printed before; nothing that looks like JSON; a chat ends too."""
+    arguments = ["Hello", "--raw", "--temp", "0", "-n", "20", *never_stops(model)]
+    good = report(capfd, "-m", model, *arguments)
+    ids = good["ids"]
+    at = next(i for i in range(3, 20) if ids[i] not in ids[:i] and ids[i] not in good["prompt_ids"])
+    broken = str(damaged(Path(model), tmp_path, "token_embd.weight", ids[at]))
+    for more in ([], ["--json"]):
+        assert generate.main(["-m", broken, *arguments, *more]) == 2
+        out, err = capfd.readouterr()
+        start = Tokenizer(GGUFFile(model).metadata).decode(ids[: at + 1]).lstrip("\r\n")
+        assert out == ("" if more else f"{start}\n")
+        assert re.fullmatch(r"error: the model's logits are not numbers .*; the file may be damaged.*\n", err)
+    whole = str(damaged(Path(model), tmp_path, "output.weight", 0))
+    done = run("-m", whole, "--chat", stdin=b"Hello\nHello\n")
+    assert (done.returncode, done.stdout, done.stderr.count(b"not numbers")) == (2, b"", 1)
 
 
 @pytest.mark.parametrize("how", ["positional", "--prompt", "-", "stdin"])

@@ -6,6 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from bench.launches import launches, primitives
 from glm_mlx.errors import InputError
 from glm_mlx.sampling import Sampler, SamplingParams, filter_sorted
 from parity_tests.budgets import check
@@ -77,6 +78,20 @@ def test_logit_bias_forbids_and_forces() -> None:
     best = int(LOGITS[0].argmax())
     assert draws(SamplingParams(temperature=0, logit_bias={best: -math.inf}), LOGITS[:1], 1)[0, 0] != best
     assert draws(SamplingParams(temperature=0, logit_bias={17: 1e4}), LOGITS, 1).tolist() == [[17, 17]]
+
+
+def test_a_greedy_token_takes_two_launches() -> None:
+    """The choice, and the look at a logit for NaN: a cast of the token's type would be a third."""
+    logits = mx.array(LOGITS[:1])
+    mx.eval(logits)
+    found = primitives(*Sampler(SamplingParams(temperature=0), 300, [[]])(logits).arrays())
+    assert launches(found) == 2, found
+
+
+@pytest.mark.parametrize("params", [SamplingParams(temperature=0), SamplingParams(), SamplingParams(top_p=0.5)])
+def test_logits_that_are_nan_are_marked_in_their_own_sequence(params: SamplingParams) -> None:
+    logits = mx.array(np.stack([LOGITS[0], np.full(300, np.nan, np.float32)]))
+    assert np.array(Sampler(params, 300, [[0], [0]])(logits).is_nan).tolist() == [False, True]
 
 
 def penalized(

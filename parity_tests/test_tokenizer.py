@@ -177,22 +177,74 @@ def test_the_first_of_two_equal_merges_counts() -> None:
     assert Tokenizer(metadata).encode("abc") == [256, BYTE_CHARS.index("c")]
 
 
-def test_a_byte_token_is_never_special() -> None:
-    """DeepSeek's files mark the bytes that UTF-8 never uses as user-defined: they are bytes all the same."""
-    types = [4 if byte in (0xC0, 0xC1) or byte > 0xF4 else 1 for byte in range(256)]
-    tokenizer = Tokenizer(with_tokens(list(BYTE_CHARS), types, []))
-    assert tokenizer.encode("\udcff") == [0xFF]
-    assert tokenizer.decode_bytes([0xC3, 0xB5, 0xF5]) == b"\xc3\xb5\xf5"
-    assert tokenizer.encode("õ", special=True) == [0xC3, 0xB5]
+def deepseek() -> Tokenizer:
+    """A few of DeepSeek-V2-Lite's tokens at their ids: its bytes are those of UTF-8, 13 letters are added tokens."""
+    letters = "øöúÿõ÷ûýÀùÁþü"  # from 100002 on
+    latin = [char for char in BYTE_CHARS if char not in letters]
+    tokens = [*sorted(latin), *[""] * (100_015 - len(latin))]
+    types = [1] * len(tokens)
+    tokens[100_002:], types[100_002:] = list(letters), [4] * len(letters)
+    for index, token in {2874: "Ã¼", 6244: "er", 6245: "rer"}.items():
+        tokens[index] = token
+    tokens[100_000], types[100_000] = "<｜begin▁of▁sentence｜>", 3
+    return Tokenizer(with_tokens(tokens, types, ["Ã ¼", "e r", "r er"], pre="deepseek-llm"))
 
 
-def test_decode_hides_special_tokens_and_unknown_ids() -> None:
-    """Special tokens show only when asked for; ids of a padded output layer give nothing."""
-    user = TOKENIZER.id("<|user|>")
+def test_deepseeks_letters_are_tokens_of_their_own() -> None:
+    """`ü` is id 100014, typed or read; the byte that its file's spelling would name is none of UTF-8's."""
+    tokenizer = deepseek()
+    for special in (False, True):
+        assert tokenizer.encode("Führer", special=special) == [37, 100_014, 71, 6245]
+    assert tokenizer.decode([37, 100_014, 71, 6245]) == "Führer"
+    text = "ü ö ø ú û ù ý õ À Á ÷ ÿ þ ä é ß"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert sum(index > 100_000 for index in tokenizer.encode(text)) == 13
+    stream = tokenizer.stream()
+    assert [stream.push(index) for index in tokenizer.encode("ßü")] == ["", "ß", "ü"]
+    assert tokenizer.encode("\udcfc") == tokenizer.encode("\ufffd"), "there is no token for this byte"
+
+
+def test_a_byte_of_utf_8_is_one_whatever_its_type() -> None:
+    """No text could be spelt without it."""
+    tokenizer = Tokenizer(with_tokens(list(BYTE_CHARS), [3 + byte % 2 for byte in range(256)], []))
+    assert tokenizer.encode("é", special=True) == [0xC3, 0xA9]
+    assert tokenizer.decode_bytes([0xC3, 0xA9, 0xE9]) == b"\xc3\xa9\xe9"
+
+
+def test_user_defined_tokens_are_text_unless_they_look_like_markup() -> None:
+    """Words are found in typed text, the longest first; tags only when asked for. Both are shown."""
+    names = {"<think>": 4, "[INST]": 4, "/nothink": 4, "/no": 4, "日": 4, "<|user|>": 3, "hidden": 3}
+    tokenizer = Tokenizer(with_tokens([*BYTE_CHARS, *names], [1] * 256 + list(names.values()), []))
+    ids = {name: 256 + number for number, name in enumerate(names)}
+    assert tokenizer.encode("a/nothink/no日") == [97, ids["/nothink"], ids["/no"], ids["日"]]
+    for name in ("<think>", "[INST]", "<|user|>", "hidden"):
+        assert tokenizer.encode(name) == list(name.encode())
+        assert tokenizer.encode(name, special=True) == [ids[name]]
+        assert name in tokenizer.special_names
+    assert len(tokenizer.special_names) == 4
+    assert tokenizer.decode(ids.values()) == "<think>[INST]/nothink/no日"
+    assert tokenizer.decode(ids.values(), special=True) == "".join(names)
+
+
+def test_400_000_special_tokens_are_found_in_little_time() -> None:
+    """2 s here, most of it to make them; a look at each name for each place took minutes."""
+    names = [f"<|{number}|>" for number in range(400_000)]
+    start = time.perf_counter()
+    tokenizer = Tokenizer(with_tokens([*BYTE_CHARS, *names], [1] * 256 + [3, 4] * 200_000, []))
+    for _ in range(100):
+        assert tokenizer.encode("a<|7|>\ud800<|399999|>\udcff<|400000|>", special=True)[:2] == [97, 256 + 7]
+    assert tokenizer.encode("<|" * 100_000, special=True) == list(b"<|" * 100_000)
+    assert time.perf_counter() - start < 10
+
+
+def test_decode_hides_control_tokens_and_unknown_ids() -> None:
+    """Control tokens show only when asked for, tags always; ids of a padded output layer give nothing."""
+    user, call = TOKENIZER.id("<|user|>"), TOKENIZER.id("<tool_call>")
     assert user is not None
-    ids = [*TOKENIZER.encode("é"), user, -1, TOKENIZER.vocab_size, 10**9]
-    assert TOKENIZER.decode(ids) == "é"
-    assert TOKENIZER.decode(ids, special=True) == "é<|user|>"
+    assert call is not None
+    ids = [*TOKENIZER.encode("é"), user, call, -1, TOKENIZER.vocab_size, 10**9]
+    assert TOKENIZER.decode(ids) == "é<tool_call>"
+    assert TOKENIZER.decode(ids, special=True) == "é<|user|><tool_call>"
     assert TOKENIZER.decode(ids[:1]) == "\ufffd"
     assert TOKENIZER.token(TOKENIZER.vocab_size) == TOKENIZER.token(-1) == ""
 

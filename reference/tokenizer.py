@@ -20,38 +20,35 @@ class ReferenceTokenizer:
         types: list[int] = metadata["tokenizer.ggml.token_type"]
         self.ids = {token: i for i, token in enumerate(self.tokens)}
         self.rank = {tuple(merge.split(" ")): rank for rank, merge in enumerate(metadata["tokenizer.ggml.merges"])}
-        self.special = {t.encode(): i for i, t in enumerate(self.tokens) if types[i] in (CONTROL, USER_DEFINED)}
-        self.special_lengths = sorted({len(token) for token in self.special}, reverse=True)
+        named = {t.encode(): i for i, t in enumerate(self.tokens) if types[i] in (CONTROL, USER_DEFINED)}
+        self.words = {t: i for t, i in named.items() if types[i] == USER_DEFINED and not set(t) & set(b"<>[]")}
+        self.special = {t: i for t, i in named.items() if t not in self.words}
         self.byte_to_char = byte_alphabet()
         self.char_to_byte = {char: byte for byte, char in enumerate(self.byte_to_char)}
 
     def encode(self, text: str | bytes) -> list[int]:
         """Ids of plain text: `<|user|>` in it is nine characters like any others.
 
-        Bytes that are not UTF-8 become a token each, and end a word.
+        User-defined tokens without brackets are text, and found first. Bytes that are not UTF-8 become a token each,
+        and end a word.
         """
         ids: list[int] = []
         for part in valid_utf8(text.encode() if isinstance(text, str) else text):
             if isinstance(part, int):
                 ids.append(self.ids[self.byte_to_char[part]])
-            else:
-                for word in split(part):
-                    ids += self.merge(word.encode())
+                continue
+            for piece in cut(part.encode(), self.words):
+                if isinstance(piece, int):
+                    ids.append(piece)
+                else:
+                    for word in split(piece.decode()):
+                        ids += self.merge(word.encode())
         return ids
 
     def encode_with_special(self, text: str | bytes) -> list[int]:
         """The same, but special tokens written out in the text become their ids: leftmost first, then longest."""
-        data = text.encode() if isinstance(text, str) else text
-        ids: list[int] = []
-        start = at = 0
-        while at < len(data):
-            length = next((n for n in self.special_lengths if data[at : at + n] in self.special), None)
-            if length is None:
-                at += 1
-                continue
-            ids += [*self.encode(data[start:at]), self.special[data[at : at + length]]]
-            start = at = at + length
-        return ids + self.encode(data[start:])
+        pieces = cut(text.encode() if isinstance(text, str) else text, self.special)
+        return [i for piece in pieces for i in ([piece] if isinstance(piece, int) else self.encode(piece))]
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
         """The text of the ids. It may begin or end inside a character."""
@@ -59,7 +56,7 @@ class ReferenceTokenizer:
 
     def token_bytes(self, token: str) -> bytes:
         raw = token.encode()
-        return raw if raw in self.special else bytes(self.char_to_byte[char] for char in token)
+        return raw if raw in self.special or raw in self.words else bytes(self.char_to_byte[char] for char in token)
 
     def merge(self, word: bytes) -> list[int]:
         """Join the neighbours that stand first in the merge list, the leftmost such pair, until no pair is listed."""
@@ -72,6 +69,20 @@ class ReferenceTokenizer:
             at = ranks.index(best)
             pieces[at : at + 2] = [pieces[at] + pieces[at + 1]]
         return [self.ids[piece] for piece in pieces]
+
+
+def cut(data: bytes, names: Mapping[bytes, int]) -> Iterator[bytes | int]:
+    """The ids of names in the data, leftmost first, then longest, and what stands between them."""
+    lengths = sorted({len(name) for name in names}, reverse=True)
+    start = at = 0
+    while at < len(data):
+        length = next((n for n in lengths if data[at : at + n] in names), None)
+        if length is None:
+            at += 1
+            continue
+        yield from (data[start:at], names[data[at : at + length]])
+        start = at = at + length
+    yield data[start:]
 
 
 def byte_alphabet() -> list[str]:

@@ -18,13 +18,14 @@ import numpy as np
 from rich.progress import track
 from rich.table import Table
 
-from glm_mlx.chat import ChatTemplate, ReasoningSplitter, encode_chat
+from glm_mlx.chat import ChatTemplate, encode_chat
 from glm_mlx.command import Parser, run
 from glm_mlx.console import Console
 from glm_mlx.engine import Engine
 from glm_mlx.gguf import GGUFFile
 from glm_mlx.load import Loaded, load_model
 from glm_mlx.make_tiny import tensor_shapes
+from glm_mlx.output import OutputSplitter
 from glm_mlx.packing import pack
 from glm_mlx.sampling import SamplingParams
 from glm_mlx.small import SMALL_MODEL
@@ -67,8 +68,8 @@ class Examiner:
         prompt = encode_chat(
             tokenizer, self.template, case.messages, tools=case.tools, thinking=case.thinking, clear_thinking=False
         )
-        splitter = ReasoningSplitter(tokenizer, starts_inside=prompt[-1:] == [tokenizer.think_open_id])
-        parts: dict[str, str] = {"reasoning": "", "answer": ""}
+        splitter = OutputSplitter(tokenizer, starts_inside=prompt[-1:] == [tokenizer.think_open_id])
+        parts: dict[str, str] = {"reasoning": "", "answer": "", "tool_call": ""}
         ids = []
         for step in Engine(self.loaded.model).generate(
             prompt, SamplingParams(temperature=0), MAX_TOKENS, tokenizer.stop_ids
