@@ -7,6 +7,7 @@ import math
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -20,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Table
 from rich.text import Text
 
-from glm_mlx.chat import GLM_TEMPLATE, ChatTemplate
+from glm_mlx.chat import GLM_TEMPLATE, ChatTemplate, read_template
 from glm_mlx.console import Console
 from glm_mlx.conversation import Conversation
 from glm_mlx.engine import Engine, Step
@@ -55,11 +56,12 @@ def run(args: argparse.Namespace) -> int:
     opened = open_model(_model_path(args), context=args.context, kv_bits=args.kv_bits)
     if args.verbose:
         STDERR.print(opened.memory.table())
+    template = None if args.raw else _template(args, opened.gguf.metadata)  # before loading takes its time
     with opened.memory.limits():
         loaded = opened.load()
         for line in leave_broken_kernels(loaded.model):
             STDERR.print(line, markup=False, soft_wrap=True)
-        talk = _Talk(loaded, args, _sampling(args, loaded))
+        talk = _Talk(loaded, args, _sampling(args, loaded), template)
         if args.verbose:
             _describe(loaded, talk.params)
         if loaded.expanded_types:
@@ -69,16 +71,15 @@ def run(args: argparse.Namespace) -> int:
 
 
 class _Talk:
-    """A loaded model, a conversation with it, and how its answers are printed."""
+    """A loaded model, a conversation with it, and how its answers are printed. Without a template, `raw` prompts."""
 
-    def __init__(self, loaded: Loaded, args: argparse.Namespace, params: SamplingParams):
+    def __init__(self, loaded: Loaded, args: argparse.Namespace, params: SamplingParams, template: ChatTemplate | None):
         self.loaded, self.args, self.params = loaded, args, params
         self.engine = Engine(loaded.model, context=loaded.memory.context)
-        source = loaded.gguf.metadata.get("tokenizer.chat_template", GLM_TEMPLATE)
-        template = ChatTemplate(source if isinstance(source, str) else GLM_TEMPLATE)
-        self.conversation = Conversation(
-            loaded.tokenizer, template, args.system, not args.no_think, keep_reasoning=not args.drop_reasoning
-        )
+        if template is not None:
+            self.conversation = Conversation(
+                loaded.tokenizer, template, args.system, not args.no_think, keep_reasoning=not args.drop_reasoning
+            )
 
     def encode_raw(self, text: str) -> list[int]:
         """The text as it stands: names of special tokens in it are meant as such."""
@@ -200,7 +201,7 @@ def _check(args: argparse.Namespace) -> None:
             raise InputError(f"--chat and --{option} do not go together; leave one out")
     if args.chat and (args.text is not None or args.prompt is not None):
         raise InputError("--chat asks for its prompts itself; leave the prompt out")
-    for option in ("system", "no_think"):
+    for option in ("system", "no_think", "chat_template"):
         if args.raw and getattr(args, option):
             raise InputError(f"--raw has no chat template to put --{option.replace('_', '-')} into; leave one out")
     if args.logprobs is not None and not args.json:
@@ -220,6 +221,12 @@ def _prompt(args: argparse.Namespace) -> str:
     if not text.strip():
         raise InputError("the prompt is empty; write what the model is to answer")
     return str(text)
+
+
+def _template(args: argparse.Namespace, metadata: Mapping[str, Any]) -> ChatTemplate:
+    if args.chat_template is not None:
+        return read_template(args.chat_template)
+    return ChatTemplate(metadata.get("tokenizer.chat_template", GLM_TEMPLATE))
 
 
 def _model_path(args: argparse.Namespace) -> Path:
