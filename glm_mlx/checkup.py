@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from glm_mlx import COMMAND_BUFFERS
 from glm_mlx.cache import KvBits
 from glm_mlx.compositions import COMPOSITIONS, NARROW, WIDTHS
 from glm_mlx.config import Config
@@ -45,11 +46,8 @@ NAMED = 8  # variants that do not work, in the paragraph; --json has them all
 def run(args: argparse.Namespace) -> int:
     if args.json is not None:
         _check_writable(args.json)
-    memory = (
-        glm_flash_memory(args.context, args.kv_bits)
-        if args.model is None
-        else open_model(args.model, None, args.context, args.kv_bits).memory
-    )
+    opened = None if args.model is None else open_model(args.model, None, args.context, args.kv_bits)
+    memory = opened.memory if opened else glm_flash_memory(args.context, args.kv_bits)
     on_gpu = any(launcher.back_end(op) is not None for op in launcher.OPS)
     found = _check_all(on_gpu, timed=not args.compile_only)
     conditions = {**machine(), "glm-mlx": _own_version(), "python": platform.python_version()}
@@ -61,11 +59,16 @@ def run(args: argparse.Namespace) -> int:
         console.print(NO_GPU, soft_wrap=True)
     console.print()
     console.print(memory.table("GLM-4.7-Flash in Q4_0, memory" if args.model is None else "memory"))
+    for note in opened.notes if opened else []:
+        console.print(f"note: {note}", soft_wrap=True, markup=False)
+    if COMMAND_BUFFERS:
+        console.print(f"\nMLX's command buffers: {', '.join(map(str, COMMAND_BUFFERS))}", soft_wrap=True, markup=False)
     console.print(f"\nFor a bug report:\n\n{report}", soft_wrap=True, markup=False)
     if args.json is not None:
         whole = {
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "machine": conditions,
+            "command buffers": [asdict(setting) for setting in COMMAND_BUFFERS],
             "report": report,
             "remembered": remembered,
             "memory": asdict(memory),

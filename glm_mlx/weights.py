@@ -183,7 +183,9 @@ def load(
             if (so_far := done + of_part) - told >= PROGRESS_BYTES or so_far == info.nbytes:
                 progress(so_far - told)
                 told = so_far
+                gguf.prefetch(info.name, told + PROGRESS_BYTES, told + 2 * PROGRESS_BYTES)
 
+        gguf.prefetch(info.name, 0, 2 * PROGRESS_BYTES)
         parts = []
         for name, shape, bytes_of in _parts(expected, info, cfg, partial(gguf.read, info.name)):
             weight = pack_read(bytes_of, info.type, shape, on_bytes)
