@@ -40,7 +40,7 @@ MAX_DIMS = 4  # GGML_MAX_DIMS
 MAX_HEADER = 1 << 26  # bytes; GLM-4.7-Flash has 9 million, and a damaged count must not claim the weights as well
 MAX_TENSORS = 1 << 15  # GLM-4.7-Flash has 844, with a tensor for each expert it would have 9,500
 MAX_KEYS = 1 << 14  # GLM-4.7-Flash has 60
-PIECE = 1 << 20  # bytes of a header that are read at a time
+PIECE = 1 << 15  # bytes of a header that are read at a time
 LFS_POINTER = b"version https://git-lfs"  # https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md
 SCALARS = {
     GGUFValueType.UINT8: "B",
