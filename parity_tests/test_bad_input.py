@@ -807,12 +807,12 @@ def test_softmax_beside_a_selection_bias_is_said_once(good: Make, tmp_path: Path
 
 
 def test_more_tensors_or_keys_than_any_model_has_are_refused_at_once(good: Make, tmp_path: Path) -> None:
-    """Half a million that are there took 8 seconds."""
+    """Half a million tensors took 8 seconds."""
     file = good("GLM")
-    many = [replace(file.tensors[0], name=f"t{i}") for i in range(500_000)]
+    many = [replace(file.tensors[0], name=f"t{i}") for i in range(40_000)]
     for changes, said in (
-        ({"tensors": many, "keys": file.keys}, "claims 500,000 tensors, and no model has more than 32,768"),
-        ({"keys": [(f"k{i}", value(U8, 0)) for i in range(500_000)]}, "claims 500,000 keys"),
+        ({"tensors": many, "keys": file.keys}, "claims 40,000 tensors, and no model has more than 32,768"),
+        ({"keys": [(f"k{i}", value(U8, 0)) for i in range(40_000)]}, "claims 40,000 keys"),
     ):
         path = replace(file, **changes).write(tmp_path / "file.gguf")
         start = time.process_time()
