@@ -61,8 +61,7 @@ def run(args: argparse.Namespace) -> int:
     console.print(memory.table("GLM-4.7-Flash in Q4_0, memory" if args.model is None else "memory"))
     for note in opened.notes if opened else []:
         console.print(f"note: {note}", soft_wrap=True, markup=False)
-    if COMMAND_BUFFERS:
-        console.print(f"\nMLX's command buffers: {', '.join(map(str, COMMAND_BUFFERS))}", soft_wrap=True, markup=False)
+    print_environment(console)
     console.print(f"\nFor a bug report:\n\n{report}", soft_wrap=True, markup=False)
     if args.json is not None:
         whole = {
@@ -78,6 +77,12 @@ def run(args: argparse.Namespace) -> int:
     if args.compile_only:
         return 0 if found and all(result.compiles for result in found.values()) else 1
     return 1 if any(result.error for result in found.values()) else 0
+
+
+def print_environment(console: Console) -> None:
+    """Print the variables that bound MLX's command buffers, where any is set."""
+    if COMMAND_BUFFERS:
+        console.print(f"\nMLX's command buffers: {', '.join(map(str, COMMAND_BUFFERS))}", soft_wrap=True, markup=False)
 
 
 def glm_flash_memory(context: int | None, kv_bits: KvBits = 16) -> MemoryPlan:

@@ -139,7 +139,10 @@ class _Cursor:
 
     def __init__(self, part: Part):
         self.part, self.path, self.pos, self.end = part, part.path, 0, min(part.size, MAX_HEADER)
-        self.data = mmap.mmap(-1, self.end)  # memory of its own, which the system gives as far as it is written to
+        try:  # memory of its own, which the system gives as far as it is written to
+            self.data = mmap.mmap(-1, self.end)
+        except OSError:
+            raise MemoryError(f"no room for {self.end:,} bytes of the header of {self.path}") from None
         self._filled = 0
 
     def fill(self, stop: int) -> int:
