@@ -437,7 +437,7 @@ def test_the_memory_plan_comes_before_the_weights(
     monkeypatch.setattr(weights, "load", None)
     assert generate.main(["-m", model, "Hi", "--context", "1001"]) == 2
     err = capfd.readouterr().err
-    assert re.fullmatch(r"error: a context of 1,001 tokens needs .*; --context 1\d{3} would fit\n", err)
+    assert re.fullmatch(r"error: a context of 1,001 tokens needs .*; --context \d{3} would fit\n", err)
 
 
 def test_what_a_file_says_and_cannot_mean_is_said_once_and_it_runs(
