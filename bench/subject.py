@@ -141,5 +141,5 @@ def open_subject(args: argparse.Namespace) -> Subject:
 
 def header_hash(gguf: GGUFFile) -> str:
     """SHA-256 of the first part up to its first tensor: of the metadata, and of the tensors' names and types."""
-    end = min((info.offset for info in gguf.tensors.values() if info.part == 0), default=len(gguf.parts[0]))
-    return hashlib.sha256(gguf.parts[0][:end]).hexdigest()
+    end = min((info.offset for info in gguf.tensors.values() if info.part == 0), default=gguf.parts[0].size)
+    return hashlib.sha256(gguf.parts[0].read(0, end)).hexdigest()

@@ -2,6 +2,7 @@
 
 import os
 
+from glm_mlx.environment import set_command_buffers
 from kernels.cache_folder import compiled_folder
 
 # Float32 means float32: MLX's CUDA back end multiplies float32 matrices in TF32 (10 bits) unless told not to, and the
@@ -13,3 +14,6 @@ os.environ.setdefault("MLX_ENABLE_TF32", "0")
 # first compilation.
 if "MLX_PTX_CACHE_DIR" not in os.environ:
     os.environ["MLX_PTX_CACHE_DIR"] = str(compiled_folder() or "")
+
+# Read by MLX when it opens a Metal device.
+COMMAND_BUFFERS = set_command_buffers(os.environ)

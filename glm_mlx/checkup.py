@@ -20,6 +20,7 @@ from gguf.constants import GGMLQuantizationType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from glm_mlx import COMMAND_BUFFERS
 from glm_mlx.cache import KvBits
 from glm_mlx.compositions import COMPOSITIONS, NARROW, WIDTHS
 from glm_mlx.config import Config
@@ -48,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json is not None:
         _check_writable(args.json)
     opened = None if args.model is None else open_model(args.model, None, args.context, args.kv_bits)
-    memory = glm_flash_memory(args.context, args.kv_bits) if opened is None else opened.memory
+    memory = opened.memory if opened else glm_flash_memory(args.context, args.kv_bits)
     on_gpu = any(launcher.back_end(op) is not None for op in launcher.OPS)
     found = _check_all(on_gpu, timed=not args.compile_only)
     conditions = {**machine(), "glm-mlx": _own_version(), "python": platform.python_version()}
@@ -59,6 +60,9 @@ def run(args: argparse.Namespace) -> int:
     console.print(_cache_line() if on_gpu else NO_GPU, soft_wrap=True, markup=False)
     console.print()
     console.print(memory.table("GLM-4.7-Flash in Q4_0, memory" if args.model is None else "memory"))
+    for note in opened.notes if opened else []:
+        console.print(f"note: {note}", soft_wrap=True, markup=False)
+    print_environment(console)
     console.print(f"\nFor a bug report:\n\n{report}", soft_wrap=True, markup=False)
     tried = None
     if opened is not None and not args.compile_only:
@@ -68,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
         whole = {
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "machine": conditions,
+            "command buffers": [asdict(setting) for setting in COMMAND_BUFFERS],
             "report": report,
             "remembered": remembered,
             "memory": asdict(memory),
@@ -107,6 +112,12 @@ def _try_file(opened: Opened, kernels_fail: bool) -> Tried:
     except InputError as error:
         return Tried(f"not tried; {error}", False)
     return Tried(f"the logits behind {prompt.size} tokens are numbers", False)
+
+
+def print_environment(console: Console) -> None:
+    """Print the variables that bound MLX's command buffers, where any is set."""
+    if COMMAND_BUFFERS:
+        console.print(f"\nMLX's command buffers: {', '.join(map(str, COMMAND_BUFFERS))}", soft_wrap=True, markup=False)
 
 
 def glm_flash_memory(context: int | None, kv_bits: KvBits = 16) -> MemoryPlan:

@@ -5,14 +5,23 @@ Key names: llama.cpp `gguf-py/gguf/constants.py`. Field names: transformers `Glm
 
 import math
 import reprlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from gguf.constants import RopeScalingType
 
 from glm_mlx.errors import InputError
 from kernels.route import Gating
 
 ARCHITECTURES = ("deepseek2", "glm4moelite")  # the second in Ollama's files
+ONLY_WITHOUT = "use a file without it: GLM-4.7-Flash and DeepSeek-V2-Lite need none"
+FACTORS = (
+    "rope.scaling.attn_factor",
+    "rope.scaling.yarn_attn_factor",
+    "rope.scaling.yarn_ext_factor",
+    "rope.scale_linear",
+)
 LARGEST = 1 << 31  # no dimension of a real model is near it; products stay well inside 64 bits
 
 
@@ -22,7 +31,7 @@ class Yarn:
 
     factor: float
     original_context_length: int
-    log_multiplier: float  # 0.1 * mscale_all_dim of the checkpoint
+    log_multiplier: float  # 0.1 * mscale_all_dim of the checkpoint; programs differ where a file does not say it
     beta_fast: float
     beta_slow: float
 
@@ -68,6 +77,7 @@ class Config:
     norm_topk_prob: bool
     routed_scaling_factor: float
     sampling: SamplingDefaults
+    notes: tuple[str, ...]  # what a user should know of these metadata, a line each
 
     @property
     def qk_head_dim(self) -> int:
@@ -100,7 +110,7 @@ class Config:
             raise keys.error("block_count", f"leaves no layer beside {num_mtp} MTP layers")
         for key in ("expert_group_count", "expert_group_used_count"):
             if keys.integer(key, 1, least=0) > 1:
-                raise keys.error(key, "means group-limited routing, which is not supported")
+                raise keys.error(key, "means group-limited routing", ONLY_WITHOUT)
         # Absorbed files say 576/512 in key_length/value_length, the real head sizes in *_mla; older files lack those.
         qk_head_dim = keys.integer("attention.key_length_mla", None) or keys.integer("attention.key_length")
         v_head_dim = keys.integer("attention.value_length_mla", None) or keys.integer("attention.value_length")
@@ -112,6 +122,7 @@ class Config:
         if per_token > num_experts or (num_experts and not per_token):
             raise keys.error("expert_used_count", f"does not fit {num_experts} experts")
         name = metadata.get("general.name")
+        gating = _gating(keys, names)
         return cls(
             architecture=architecture,
             name=name if isinstance(name, str) else "unnamed model",
@@ -135,17 +146,12 @@ class Config:
             num_experts_per_tok=per_token,
             num_shared_experts=keys.integer("expert_shared_count", 0, least=0),
             moe_intermediate_size=keys.integer("expert_feed_forward_length") if num_experts else 0,
-            gating=_gating(keys, names),
+            gating=gating,
             norm_topk_prob=keys.boolean("expert_weights_norm", False),
             # llama.cpp writes 0 for "no scale"
             routed_scaling_factor=keys.number("expert_weights_scale", 1.0, least=0.0, most=1e6) or 1.0,
-            sampling=SamplingDefaults(
-                # The makers' advice for GLM-4.7-Flash where the file has none.
-                temperature=keys.general_number("sampling.temp", 1.0, 0.0, 100.0),
-                top_p=keys.general_number("sampling.top_p", 0.95, 0.0, 1.0),
-                top_k=int(keys.general_number("sampling.top_k", 0, 0, LARGEST)),
-                min_p=keys.general_number("sampling.min_p", 0.0, 0.0, 1.0),
-            ),
+            sampling=_sampling(keys),
+            notes=tuple(keys.notes),
         )
 
 
@@ -154,9 +160,10 @@ class _Keys:
 
     def __init__(self, metadata: Mapping[str, Any], architecture: str):
         self.metadata, self.prefix = metadata, architecture + "."
+        self.notes: list[str] = []
 
-    def error(self, key: str, why: str) -> InputError:
-        return InputError(f"{self.prefix}{key} = {self._shown(key)} {why}; the file is damaged or too new")
+    def error(self, key: str, why: str, advice: str = "the file is damaged or too new") -> InputError:
+        return InputError(f"{self.prefix}{key} = {self._shown(key)} {why}; {advice}")
 
     def _shown(self, key: str) -> str:
         return reprlib.repr(self.metadata.get(self.prefix + key))
@@ -194,13 +201,30 @@ class _Keys:
             raise self.error(key, "is not true or false")
         return value
 
-    def general_number(self, key: str, default: float, least: float, most: float) -> float:
-        value = self.metadata.get("general." + key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
-            raise InputError(
-                f"general.{key} = {reprlib.repr(value)} is not a number from {least:g} to {most:g}; the file is damaged"
+    def advice(self, key: str, default: float, wanted: str, is_good: Callable[[float], bool]) -> float:
+        """A setting of the sampler that the file advises. One that cannot be followed is noted, and `default` taken."""
+        value = self.metadata.get("general.sampling." + key)
+        if value is None:
+            return default
+        if isinstance(value, bool) or not isinstance(value, int | float) or not is_good(value):
+            self.notes.append(
+                f"the file advises general.sampling.{key} = {reprlib.repr(value)}, which is not {wanted}; "
+                f"the default is {default:g} instead"
             )
+            return default
         return value
+
+
+def _sampling(keys: _Keys) -> SamplingDefaults:
+    """The file's advice within the range of `sampling.SamplingParams`, else the makers' for GLM-4.7-Flash."""
+    temperature = keys.advice("temp", 1.0, "0 to 1000", lambda value: 0 <= value <= 1e3)
+    top_k = keys.advice("top_k", 0, "a number of tokens, or -1 for all", lambda value: abs(value) < LARGEST)
+    return SamplingDefaults(
+        temperature=temperature if temperature >= 1e-3 else 0.0,  # next to 0 means the most likely token
+        top_p=keys.advice("top_p", 0.95, "above 0 and at most 1", lambda value: 0 < value <= 1),
+        top_k=max(0, int(top_k)),  # llama.cpp takes all below 1 for "off"
+        min_p=keys.advice("min_p", 0.0, "0 to 1", lambda value: 0 <= value <= 1),
+    )
 
 
 def _vocab_size(keys: _Keys) -> int:
@@ -213,25 +237,44 @@ def _vocab_size(keys: _Keys) -> int:
 
 
 def _gating(keys: _Keys, tensor_names: set[str]) -> Gating:
-    if not keys.has("expert_gating_func"):
-        return "sigmoid" if any(name.endswith("exp_probs_b.bias") for name in tensor_names) else "softmax"
-    value = keys.integer("expert_gating_func", least=0)
-    known: dict[int, Gating] = {0: "softmax", 1: "softmax", 2: "sigmoid"}
+    has_bias = any(name.endswith("exp_probs_b.bias") for name in tensor_names)
+    value = keys.integer("expert_gating_func", 0, least=0)
+    if value == 0:  # unsaid
+        return "sigmoid" if has_bias else "softmax"
+    known: dict[int, Gating] = {1: "softmax", 2: "sigmoid"}
     if value not in known:
-        raise keys.error("expert_gating_func", "is neither 1 (softmax) nor 2 (sigmoid)")
+        raise keys.error("expert_gating_func", "is neither 1 (softmax) nor 2 (sigmoid)", ONLY_WITHOUT)
+    if known[value] == "softmax" and has_bias:
+        keys.notes.append(
+            f"{keys.prefix}expert_gating_func = 1 means softmax, but the file has exp_probs_b, which goes with sigmoid "
+            "(2), as is right for GLM-4.7-Flash; softmax is used, as the file says: if this is GLM-4.7-Flash, take "
+            "another conversion"
+        )
     return known[value]
 
 
 def _yarn(keys: _Keys) -> Yarn | None:
+    for key in FACTORS:  # no model of these has one, and programs disagree about what they multiply
+        if keys.metadata.get(keys.prefix + key, 1) != 1:
+            raise keys.error(key, "is a factor that is not applied here", ONLY_WITHOUT)
     kind = keys.metadata.get(keys.prefix + "rope.scaling.type", "none")
     if kind == "none":
         return None
     if kind != "yarn":
-        raise keys.error("rope.scaling.type", "is neither none nor yarn")
+        known = [item.value for item in RopeScalingType]
+        advice = (ONLY_WITHOUT,) if kind in known else ()
+        raise keys.error("rope.scaling.type", "is neither none nor yarn", *advice)
+    log_multiplier = keys.number("rope.scaling.yarn_log_multiplier", 0.0, least=0.0, most=10.0)
+    if not log_multiplier:
+        given = "is 0" if keys.has("rope.scaling.yarn_log_multiplier") else "is missing"
+        raise InputError(
+            f"{keys.prefix}rope.scaling.yarn_log_multiplier {given} beside rope.scaling.type = 'yarn', and without it "
+            "programs compute different things; take a conversion that names it (0.1 * mscale_all_dim)"
+        )
     return Yarn(
         factor=keys.number("rope.scaling.factor", least=1.0, most=1e6),
         original_context_length=keys.integer("rope.scaling.original_context_length"),
-        log_multiplier=keys.number("rope.scaling.yarn_log_multiplier", 0.0, least=0.0, most=10.0),
+        log_multiplier=log_multiplier,
         beta_fast=keys.number("rope.scaling.yarn_beta_fast", 32.0, least=1e-6, most=1e6),
         beta_slow=keys.number("rope.scaling.yarn_beta_slow", 1.0, least=1e-6, most=1e6),
     )

@@ -2,7 +2,11 @@
 
 import re
 
-NO_MEMORY = re.compile("allocate|out of memory|insufficient memory", re.IGNORECASE)  # as MLX, CUDA and Metal say
+NO_MEMORY = re.compile(
+    "allocate|out of memory|insufficient memory"  # as MLX, CUDA and Metal say
+    "|can't start new thread|resource temporarily unavailable",  # as Python and C++ say where a stack has no room
+    re.IGNORECASE,
+)
 
 
 class InputError(Exception):

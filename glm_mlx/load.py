@@ -35,6 +35,13 @@ class Opened:
     memory: MemoryPlan
     seconds: float
 
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know of this file, a line each."""
+        expanded = weights.expanded_types(self.tensors)
+        held = [f"{', '.join(expanded)} tensors are held as float32, exact but larger and slower"] * bool(expanded)
+        return [*self.config.notes, *held]
+
     def load(self) -> "Loaded":
         """Read the data, with a progress bar on standard error where that is a terminal.
 
@@ -56,7 +63,7 @@ class Opened:
             Model(self.config, arrays, self.dtype, self.kv_bits),
             self.memory,
             weights.quant_mix(self.tensors),
-            weights.expanded_types(self.tensors),
+            self.notes,
             nbytes,
             self.seconds + time.perf_counter() - start,
         )
@@ -73,7 +80,7 @@ class Loaded:
     model: Model
     memory: MemoryPlan
     quant_mix: dict[str, int]
-    expanded_types: list[str]
+    notes: list[str]
     nbytes: int
     seconds: float
 

@@ -1,5 +1,7 @@
 """What a model takes of a machine's memory, worked out from a file's header before any of its data are read."""
 
+import os
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +24,10 @@ from kernels.tiles import tiles_shape
 
 LEAST_CONTEXT = 512  # tokens; a machine that has no room for more is too small for the model
 FEW = wide.LEAST_TOKENS - 1  # the most tokens of which all but the experts is computed alike on all back ends
+MARGIN = 0.05  # of the memory that is free now; by so much less may be free when advice is followed
+THREAD_STACK = 8 << 20  # bytes of address space that a thread takes for its stack where the system says nothing else
+THREAD_HEAP = 64 << 20  # bytes of address space that glibc sets aside for a thread's small allocations
+PROCESS_RESERVE = 64 << 20  # bytes that Python takes on the way, for objects and pieces of the file
 MOST_KEPT = 256 << 20  # bytes of freed buffers that MLX may always keep for the next operation
 # Bytes beside each value of a weight while it multiplies a prompt: scales and biases in float32 for groups of 32, for
 # Q6_K twice for groups of 16, and all values in float32 for types that MLX's affine form cannot hold. K-quants, IQ4_NL
@@ -50,7 +56,8 @@ class MemoryPlan:
     """In bytes. `cache` is that of `context` tokens; `scratch` what a chunk of a prompt takes at the end of it.
 
     `kept` are freed buffers that MLX holds for the next operation. `available` is what the machine has to give, and
-    `source` what that is. `largest`: the largest context that fits, 0 if none does.
+    `source` what that is. `largest`: the largest context that fits, 0 if none does. `advised`: the largest that also
+    fits where `MARGIN` less is free, 0 if none does.
     """
 
     context: int
@@ -61,6 +68,7 @@ class MemoryPlan:
     available: int
     source: str
     largest: int
+    advised: int
 
     @property
     def total(self) -> int:
@@ -71,16 +79,18 @@ class MemoryPlan:
         return self.total <= self.available
 
     def check(self, name: str) -> None:
-        """Raises InputError where it does not fit, with the largest context that does."""
+        """Raises InputError where it does not fit, with a context that does, and will when it is tried next."""
         if self.fits:
             return
         what = f"a context of {self.context:,} tokens" if self.largest else name
         needed = self.weights if self.weights > self.available else self.total
-        advice = f"--context {self.largest} would fit"
-        if self.largest < min(LEAST_CONTEXT, self.context):  # of little use
-            advice = "close other programs or take a smaller quantisation" + f" ({advice})" * bool(self.largest)
+        advice = f"--context {self.advised} would fit"
+        if self.advised < min(LEAST_CONTEXT, self.context):  # of little use
+            room = RAISE_LIMIT.get(self.source, "close other programs")
+            advice = f"{room} or take a smaller quantisation" + f" ({advice})" * bool(self.advised)
+        giver = "the limit of this process (ulimit) leaves" if self.source in RAISE_LIMIT else "this machine has"
         raise InputError(
-            f"{what} needs {decimal(needed)} of memory, this machine has {decimal(self.available)} to give; {advice}"
+            f"{what} needs {decimal(needed)} of memory, {giver} {decimal(self.available)} to give; {advice}"
         )
 
     def table(self, title: str | None = None) -> Table:
@@ -134,23 +144,24 @@ def plan_memory(
     available, source = machine_memory()
     rows = row_format(cfg, dtype, kv_bits)
 
-    def plan(tokens: int, largest: int = 0) -> MemoryPlan:
+    def plan(tokens: int, largest: int = 0, advised: int = 0) -> MemoryPlan:
         cache = cfg.num_layers * whole_steps(tokens) * rows.nbytes
         scratch = _scratch_nbytes(cfg, beside, dtype, rows, chunk, tokens)
         if wide.applies(min(chunk, tokens), dtype):  # then at most few tokens are computed as elsewhere
             few = _scratch_nbytes(cfg, beside, dtype, rows, FEW, tokens)
             scratch = max(few, _wide_nbytes(cfg, rows, chunk, tokens))
-        return MemoryPlan(tokens, weights, cache, scratch, min(scratch, MOST_KEPT), available, source, largest)
+        return MemoryPlan(tokens, weights, cache, scratch, min(scratch, MOST_KEPT), available, source, largest, advised)
 
     largest = _last(lambda tokens: plan(tokens).fits, cfg.context_length)
+    advised = _last(lambda tokens: plan(tokens).total <= (1 - MARGIN) * available, largest)
     if context is not None and not 1 <= context <= cfg.context_length:
-        room = f"; this machine has room for {largest:,}" if largest < cfg.context_length else ""
+        room = f"; this machine has room for {advised:,}" if largest < cfg.context_length else ""
         raise InputError(
             f"context is {context:,}; it must be 1 to {cfg.context_length:,}, which the model was made for{room}"
         )
     if context is None:
         context = max(largest, min(LEAST_CONTEXT, cfg.context_length))
-    return plan(context, largest)
+    return plan(context, largest, advised)
 
 
 def _last(holds: Callable[[int], bool], most: int) -> int:
@@ -253,14 +264,49 @@ def machine_memory() -> tuple[int, str]:
         return int(device["max_recommended_working_set_size"]), "Metal's recommended working set"
     if "free_memory" in device:  # of all processes together where NVML is there
         return int(device["free_memory"]), "free memory of the GPU"
-    free, group = psutil.virtual_memory().available, _cgroup_room()
-    if group is not None and group < free:
-        return max(0, group), "left of this container's memory limit"
-    return free, "free RAM"
+    rooms = [(psutil.virtual_memory().available, "free RAM"), *_ulimit_rooms()]
+    if (group := _cgroup_room()) is not None:
+        rooms.append((max(0, group), "left of this container's memory limit"))
+    return min(rooms)
 
 
 def available_memory() -> int:
     return machine_memory()[0]
+
+
+RAISE_LIMIT = {  # by the source that a plan names
+    "left of this process's address space": "raise ulimit -v",
+    "left of this process's data": "raise ulimit -d",
+}
+
+
+def _ulimit_rooms() -> list[tuple[int, str]]:
+    """Bytes that the limits of this process leave for a model on Linux, and what they are; none where it has no limits.
+
+    MLX on a CPU writes through a null pointer where one of them stops it, so what is still to come is counted too: two
+    threads for each core while a file loads (a loader and MLX's stream for it), and a few more.
+    """
+    if sys.platform != "linux":  # macOS lets them be set and does not enforce them
+        return []
+    import resource  # not everywhere
+
+    used = psutil.Process().memory_info()
+    stack = resource.getrlimit(resource.RLIMIT_STACK)[0]
+    if stack == resource.RLIM_INFINITY:
+        stack = THREAD_STACK
+    threads = 2 * (os.cpu_count() or 1) + 2
+    rooms = []
+    for kind, taken, of_thread, source in zip(
+        (resource.RLIMIT_AS, resource.RLIMIT_DATA),
+        (used.vms, used.data),
+        (stack + THREAD_HEAP, stack),
+        RAISE_LIMIT,
+        strict=True,
+    ):
+        limit = resource.getrlimit(kind)[0]
+        if limit != resource.RLIM_INFINITY:
+            rooms.append((max(0, limit - taken - threads * of_thread - PROCESS_RESERVE), source))
+    return rooms
 
 
 def _cgroup_room(groups: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs/cgroup")) -> int | None:

@@ -4,7 +4,7 @@ Block layouts: llama.cpp `ggml-common.h`; the same in Python in `gguf.quants`.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeAlias
 
 import gguf
@@ -16,30 +16,56 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from kernels.planes import QUANT_TYPES, QuantizedTensor, Weight
 
 Bytes: TypeAlias = npt.NDArray[np.uint8]
+Read: TypeAlias = Callable[[int, int], Bytes]  # the bytes of a tensor from one place to another, (n,) uint8
 # Values that are packed at a time: the passes over them stay in a core's cache, and their temporaries, of a byte a
 # value, small enough that malloc does not ask the system for new memory each time, which costs more than the packing.
 CHUNK_VALUES = 96 << 10
 
 
-def pack(
-    raw: Bytes, kind: GGMLQuantizationType, shape: tuple[int, ...], on_bytes: Callable[[int], None] = lambda done: None
-) -> Weight:
-    """The bytes of a tensor, (..., bytes of a row) uint8, as a weight of `shape`. Exact for every type.
+def pack(raw: Bytes, kind: GGMLQuantizationType, shape: tuple[int, ...]) -> Weight:
+    """The bytes of a tensor, (..., bytes of a row) uint8, as a weight of `shape`. See `pack_read`."""
+    flat = raw.reshape(-1)
+    return pack_read(lambda start, stop: flat[start:stop], kind, shape)
 
-    `on_bytes` gets the number of bytes of `raw` that are done, now and then and at the end. Types without planes are
-    expanded to float32; NotImplementedError where `gguf` can't expand one either.
+
+def pack_read(
+    read: Read, kind: GGMLQuantizationType, shape: tuple[int, ...], on_bytes: Callable[[int], None] = lambda done: None
+) -> Weight:
+    """A weight of `shape` from bytes that `read` gives in pieces. Exact for every type.
+
+    No more than one piece stands beside the weight. `on_bytes` gets the number of bytes that are done, after each.
+    Types without planes are expanded to float32; NotImplementedError where `gguf` can't expand one either.
     """
     if kind.name in QUANT_TYPES:
-        weight: Weight = _pack_planes(raw, kind, shape, on_bytes)
-    elif kind == GGMLQuantizationType.BF16:
-        weight = _copy(raw, mx.uint16, shape).view(mx.bfloat16)
-    elif kind in (GGMLQuantizationType.F16, GGMLQuantizationType.F32):
-        weight = _copy(raw, mx.float16 if kind == GGMLQuantizationType.F16 else mx.float32, shape)
-    else:
-        with np.errstate(all="ignore"):  # infinite scales give what they give, without a warning to the user
-            weight = mx.array(gguf.quants.dequantize(raw, kind).reshape(shape))
-    on_bytes(raw.nbytes)
-    return weight
+        return _pack_planes(read, kind, shape, on_bytes)
+    if kind == GGMLQuantizationType.BF16:
+        return _convert(read, kind, mx.uint16, shape, on_bytes).view(mx.bfloat16)
+    if kind == GGMLQuantizationType.F16:
+        return _convert(read, kind, mx.float16, shape, on_bytes)
+    return _convert(read, kind, mx.float32, shape, on_bytes)
+
+
+def part_of_each(read: Read, whole: int, start: int, size: int) -> Read:
+    """Bytes `start` to `start + size` of every `whole` bytes, one behind the other."""
+
+    def part(begin: int, end: int) -> Bytes:
+        pieces = []
+        while begin < end:
+            number, within = divmod(begin, size)
+            length = min(end - begin, size - within)
+            at = number * whole + start + within
+            pieces.append(read(at, at + length))
+            begin += length
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+    return part
+
+
+def _pieces(kind: GGMLQuantizationType, shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """First and last-but-one block of each piece that is packed at a time."""
+    block = GGML_QUANT_SIZES[kind][0]
+    blocks, step = math.prod(shape) // block, CHUNK_VALUES // block
+    return ((start, min(start + step, blocks)) for start in range(0, blocks, step))
 
 
 def packed_nbytes(kind: GGMLQuantizationType, shape: tuple[int, ...]) -> int:
@@ -51,9 +77,10 @@ def packed_nbytes(kind: GGMLQuantizationType, shape: tuple[int, ...]) -> int:
 
 
 def _pack_planes(
-    raw: Bytes, kind: GGMLQuantizationType, shape: tuple[int, ...], on_bytes: Callable[[int], None]
+    read: Read, kind: GGMLQuantizationType, shape: tuple[int, ...], on_bytes: Callable[[int], None]
 ) -> QuantizedTensor:
-    blocks = raw.reshape(-1, GGML_QUANT_SIZES[kind][1])
+    block, block_bytes = GGML_QUANT_SIZES[kind]
+    blocks = math.prod(shape) // block
     quant_type, split = QUANT_TYPES[kind.name], _SPLITTERS[kind.name]
     names = ["quants", "scales", *["mins"] * quant_type.has_mins, *["sub_scales"] * quant_type.is_super]
     dtypes = {
@@ -63,23 +90,33 @@ def _pack_planes(
         "sub_scales": mx.uint8 if quant_type.has_mins else mx.int8,
     }
     arrays, views = {}, []
-    for name, part in zip(names, split(blocks[:1]), strict=True):
-        row_bytes = len(blocks) * part.shape[1] // math.prod(shape[:-1])
+    for name, part in zip(names, split(np.zeros((1, block_bytes), np.uint8)), strict=True):
+        row_bytes = blocks * part.shape[1] // math.prod(shape[:-1])
         arrays[name], view = _allocate((*shape[:-1], row_bytes // dtypes[name].size), dtypes[name])
-        views.append(view.reshape(len(blocks), part.shape[1]))
-    step = CHUNK_VALUES // GGML_QUANT_SIZES[kind][0]
-    for start in range(0, len(blocks), step):
-        for view, part in zip(views, split(blocks[start : start + step]), strict=True):
-            view[start : start + step] = part
-        on_bytes(start * blocks.shape[1])
+        views.append(view.reshape(blocks, part.shape[1]))
+    for start, stop in _pieces(kind, shape):
+        piece = read(start * block_bytes, stop * block_bytes).reshape(-1, block_bytes)
+        for view, part in zip(views, split(piece), strict=True):
+            view[start:stop] = part
+        on_bytes(stop * block_bytes)
     return QuantizedTensor(
         quant_type, shape, arrays["quants"], arrays["scales"], arrays.get("mins"), arrays.get("sub_scales")
     )
 
 
-def _copy(raw: Bytes, dtype: mx.Dtype, shape: tuple[int, ...]) -> mx.array:
+def _convert(
+    read: Read, kind: GGMLQuantizationType, dtype: mx.Dtype, shape: tuple[int, ...], on_bytes: Callable[[int], None]
+) -> mx.array:
+    """Values of 16 or 32 bits as they stand, and those of types without planes as float32."""
     array, view = _allocate(shape, dtype)
-    view[:] = raw.reshape(-1)
+    block, block_bytes = GGML_QUANT_SIZES[kind]
+    for start, stop in _pieces(kind, shape):
+        piece = read(start * block_bytes, stop * block_bytes)
+        if block > 1:
+            with np.errstate(all="ignore"):  # infinite scales give what they give, without a warning to the user
+                piece = gguf.quants.dequantize(piece[None], kind).reshape(-1).view(np.uint8)
+        view[start * block * dtype.size : stop * block * dtype.size] = piece
+        on_bytes(stop * block_bytes)
     return array
 
 

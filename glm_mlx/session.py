@@ -64,9 +64,8 @@ def run(args: argparse.Namespace) -> int:
         talk = _Talk(loaded, args, _sampling(args, loaded), template)
         if args.verbose:
             _describe(loaded, talk.params)
-        if loaded.expanded_types:
-            names = ", ".join(loaded.expanded_types)
-            STDERR.print(f"note: {names} tensors are held as float32, exact but larger and slower")
+        for note in loaded.notes:
+            STDERR.print(f"note: {note}", markup=False, soft_wrap=True)
         return _chat(talk) if prompt is None else _answer_once(talk, prompt)
 
 

@@ -4,11 +4,13 @@ Names on our side are the checkpoint's (transformers `Glm4MoeLite`): `layers.3.s
 header says is checked against the configuration before the first byte of data is read.
 """
 
+import math
 import os
 import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import mlx.core as mx
 from gguf.constants import GGMLQuantizationType
@@ -17,12 +19,12 @@ from glm_mlx.config import Config
 from glm_mlx.errors import InputError
 from glm_mlx.gguf import GGUFFile, TensorInfo
 from glm_mlx.memory import Tensor
-from glm_mlx.packing import pack
-from kernels.planes import QUANT_TYPES, QuantizedTensor, Weight, dequantize_ops
+from glm_mlx.packing import Read, pack_read, part_of_each
+from kernels.planes import QUANT_TYPES, Weight, dequantize_ops
 from kernels.qmv import with_affine, with_values
 from kernels.shown import shown
 
-RELEASE_BYTES = 1 << 23  # pages of the file are given back, and progress is told, every 8 MB
+PROGRESS_BYTES = 1 << 23  # of a tensor that are read between two reports
 DENSE_TYPES = ("F32", "F16", "BF16")
 EXPANDED_TYPES = ("Q2_K", "Q3_K", "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS", "MXFP4")
 VOCABULARY = ("embed_tokens", "lm_head")
@@ -169,34 +171,41 @@ def load(
 ) -> dict[str, Weight]:
     """Read, repack and name the tensors of `plan`, on all cores. `progress` gets bytes of the file as they are done.
 
-    No tensor is held twice: packing writes into the final arrays, and pages of the file are given back on the way.
+    No tensor stands in memory twice: packing writes into the final arrays, piece by piece. Raises InputError where the
+    file has become shorter.
     """
 
-    def read(pair: tuple[Expected, TensorInfo]) -> Weight:
+    def read(pair: tuple[Expected, TensorInfo]) -> list[tuple[str, Weight]]:
         expected, info = pair
-        done = 0
+        done, told = 0, 0
 
-        def on_bytes(so_far: int) -> None:
-            nonlocal done
-            if so_far - done >= RELEASE_BYTES or so_far == info.nbytes:
-                gguf.release(info.name, done, so_far)
-                progress(so_far - done)
-                done = so_far
+        def on_bytes(of_part: int) -> None:
+            nonlocal told
+            if (so_far := done + of_part) - told >= PROGRESS_BYTES or so_far == info.nbytes:
+                progress(so_far - told)
+                told = so_far
+                gguf.prefetch(info.name, told + PROGRESS_BYTES, told + 2 * PROGRESS_BYTES)
 
-        weight = pack(gguf.raw(info.name).reshape(*expected.shape[:-1], -1), info.type, expected.shape, on_bytes)
-        _evaluate(weight)  # here, for MLX can't evaluate in one thread what another has left to do
-        return weight
+        gguf.prefetch(info.name, 0, 2 * PROGRESS_BYTES)
+        parts = []
+        for name, shape, bytes_of in _parts(expected, info, cfg, partial(gguf.read, info.name)):
+            weight = pack_read(bytes_of, info.type, shape, on_bytes)
+            _evaluate(weight)  # here, for MLX can't evaluate in one thread what another has left to do
+            done += math.prod(shape) * info.nbytes // math.prod(expected.shape)
+            parts.append((name, weight))
+        return parts
 
     weights: dict[str, Weight] = {}
     on_cpu = mx.default_device() == mx.Device(mx.cpu)
     pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="load")
     try:
-        for (expected, _), weight in zip(pairs, pool.map(read, pairs), strict=True):
-            for name, part in _split(expected.name, weight, cfg):
-                _evaluate(part)  # a lazy part would keep the whole alive
+        for (expected, _), parts in zip(pairs, pool.map(read, pairs), strict=True):
+            for name, weight in parts:
+                finished = _finished(name, expected, weight)
+                _evaluate(finished)  # a lazy one would keep what it is made of
                 if on_cpu:  # kernels read planes
-                    part = with_values(part) if name in VOCABULARY else with_affine(part)
-                weights[name] = part
+                    finished = with_values(finished) if name in VOCABULARY else with_affine(finished)
+                weights[name] = finished
     finally:
         pool.shutdown(cancel_futures=True)  # at Ctrl-C: only the tensors in hand are finished
     return weights
@@ -206,32 +215,32 @@ def _evaluate(weight: Weight) -> None:
     mx.eval(weight if isinstance(weight, mx.array) else weight.planes)
 
 
-def _split(name: str, weight: Weight, cfg: Config) -> Iterator[tuple[str, Weight]]:
-    """Fused tensors as the model wants them; all others as they are, vectors in float32."""
-    stem, _, last = name.rpartition(".")
-    if last == "kv_b":
-        # Absorption needs k_b transposed, across its blocks: exact only as float32.
-        k_b = dequantize_ops(weight[:, : cfg.qk_nope_head_dim]).swapaxes(-1, -2)
-        yield f"{stem}.k_b", mx.contiguous(k_b)
-        yield f"{stem}.v_b", _contiguous(weight[:, cfg.qk_nope_head_dim :])
-    elif last == "gate_up_proj":
-        yield f"{stem}.gate_proj", _contiguous(weight[:, : cfg.moe_intermediate_size])
-        yield f"{stem}.up_proj", _contiguous(weight[:, cfg.moe_intermediate_size :])
-    else:
-        yield name, weight.astype(mx.float32) if isinstance(weight, mx.array) and weight.ndim == 1 else weight
+def _parts(
+    expected: Expected, info: TensorInfo, cfg: Config, read: Read
+) -> Iterator[tuple[str, tuple[int, ...], Read]]:
+    """Name, shape and bytes of each weight that a tensor becomes: two where the file has two fused."""
+    stem, _, last = expected.name.rpartition(".")
+    rows = {
+        "kv_b": (("k_b", cfg.qk_nope_head_dim), ("v_b", cfg.v_head_dim)),
+        "gate_up_proj": (("gate_proj", cfg.moe_intermediate_size), ("up_proj", cfg.moe_intermediate_size)),
+    }.get(last)
+    if rows is None:
+        yield expected.name, expected.shape, read
+        return
+    outer, whole, columns = expected.shape
+    row_bytes, start = info.nbytes // (outer * whole), 0
+    for name, count in rows:
+        part = part_of_each(read, whole * row_bytes, start * row_bytes, count * row_bytes)
+        yield f"{stem}.{name}", (outer, count, columns), part
+        start += count
 
 
-def _contiguous(weight: Weight) -> Weight:
-    """A part of a tensor as arrays of its own, so that the whole is freed."""
-    if isinstance(weight, mx.array):
-        return mx.contiguous(weight)
-    arrays = (
-        None if p is None else mx.contiguous(p) for p in (weight.quants, weight.scales, weight.mins, weight.sub_scales)
-    )
-    quants, scales, mins, sub_scales = arrays
-    assert quants is not None
-    assert scales is not None
-    return QuantizedTensor(weight.type, weight.shape, quants, scales, mins, sub_scales)
+def _finished(name: str, expected: Expected, weight: Weight) -> Weight:
+    """Vectors in float32, and k_b as absorption needs it; all others as they are."""
+    if expected.name.endswith(".kv_b") and name.endswith(".k_b"):
+        # Transposed, across its blocks: exact only as float32.
+        return mx.contiguous(dequantize_ops(weight).swapaxes(-1, -2))
+    return weight.astype(mx.float32) if isinstance(weight, mx.array) and weight.ndim == 1 else weight
 
 
 def quant_mix(pairs: list[tuple[Expected, TensorInfo]]) -> dict[str, int]:

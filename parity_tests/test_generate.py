@@ -23,6 +23,7 @@ from glm_mlx.make_tiny import TinySpec
 from glm_mlx.small import SMALL_MODEL
 from glm_mlx.tokenizer import Tokenizer
 from parity_tests.conftest import MakeModel
+from parity_tests.fuzz import F32, I32, U32, File, value
 from parity_tests.test_engine import damaged
 
 ROOT = Path(__file__).parents[1]
@@ -503,7 +504,24 @@ def test_the_memory_plan_comes_before_the_weights(
     monkeypatch.setattr(weights, "load", None)
     assert generate.main(["-m", model, "Hi", "--context", "1001"]) == 2
     err = capfd.readouterr().err
-    assert re.fullmatch(r"error: a context of 1,001 tokens needs .*; --context 1\d{3} would fit\n", err)
+    assert re.fullmatch(r"error: a context of 1,001 tokens needs .*; --context \d{3} would fit\n", err)
+
+
+def test_what_a_file_says_and_cannot_mean_is_said_once_and_it_runs(
+    model: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Advice on sampling that is out of range is not blamed on an option, and options are taken beside it."""
+    file = File.read(Path(model)).put("deepseek2.expert_gating_func", value(U32, 1))
+    file.put("general.sampling.top_p", value(F32, 0.0)).put("general.sampling.top_k", value(I32, -1))
+    path = file.write(tmp_path / "odd.gguf")
+    assert generate.main(["-m", str(path), "Hi", "-n", "2", "--temperature", "0.5", "--json"]) == 0
+    out, err = capfd.readouterr()
+    assert re.findall("^note: (.{50})", err, re.MULTILINE) == [
+        "deepseek2.expert_gating_func = 1 means softmax, bu",
+        "the file advises general.sampling.top_p = 0.0, whi",
+    ]
+    used = json.loads(out)["sampling"]
+    assert (used["top_p"], used["top_k"], used["temperature"]) == (0.95, 0, 0.5)
 
 
 def test_a_context_that_is_full_ends_the_answer_and_says_so(model: str, capfd: pytest.CaptureFixture[str]) -> None:

@@ -1,26 +1,31 @@
 """Loading: every way a file can be laid out gives the same weights, in bounded memory."""
 
 import json
+import os
 import re
 import subprocess
 import sys
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from gguf import GGUFReader
+from gguf.constants import GGMLQuantizationType
 
 from glm_mlx.config import Config
 from glm_mlx.errors import InputError
 from glm_mlx.gguf import GGUFFile
 from glm_mlx.hub import choose_files, resolve
-from glm_mlx.load import load_model
+from glm_mlx.load import load_model, open_model
 from glm_mlx.make_tiny import GLM_FLASH, TinySpec, make_tiny
 from glm_mlx.weights import plan
 from kernels.planes import Weight, dequantize_ops
-from parity_tests.compare import load_part
+from parity_tests.compare import load_part, memory_held
 from parity_tests.conftest import MakeModel
+from parity_tests.fuzz import File
 from parity_tests.variants import VARIANTS
 
 
@@ -144,6 +149,39 @@ def test_loading_holds_no_second_copy(model_file: MakeModel) -> None:
     figures = json.loads(subprocess.run(command, capture_output=True, check=True, cwd=Path(__file__).parents[1]).stdout)
     assert size < figures["peak"] <= 1.1 * size + 200e6
     assert figures["held"] <= figures["active"] <= 1.03 * size
+
+
+@pytest.mark.parametrize("is_fused", [False, True])
+def test_an_expanded_tensor_stands_in_memory_once(is_fused: bool, tmp_path: Path) -> None:
+    """On all threads together, in numpy (which tells tracemalloc) and in MLX; also where one tensor becomes two."""
+    spec = TinySpec(layers=2, hidden_size=512, num_experts=8, moe_intermediate_size=256, fused_gate_up=is_fused)
+    file = File.read(make_tiny(tmp_path / "q4.gguf", spec))
+    for tensor in file.tensors:
+        if "_exps" in tensor.name:
+            tensor.type = int(GGMLQuantizationType.IQ4_XS)
+    opened = open_model(file.with_zeros().write(tmp_path / "iq4.gguf"))
+    before = memory_held()
+    tracemalloc.start()
+    try:
+        loaded = opened.load()
+        _, in_numpy = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    held = mx.get_active_memory() - before
+    expanded = sum(w.nbytes for w in loaded.weights.values() if isinstance(w, mx.array) and w.ndim == 3)
+    assert expanded == 3 * 8 * 256 * 512 * 4
+    assert mx.get_peak_memory() - before < held + 500_000
+    assert in_numpy < 2_000_000 + (os.cpu_count() or 1) * 2_000_000 < expanded
+
+
+@pytest.mark.parametrize("name", ["GLM Q4_0, output Q6_K", "old file: kv_b unsplit, no gating key"])
+def test_reading_needs_no_map_and_no_position(name: str, model_file: MakeModel) -> None:
+    """Pieces in any order and of any length are those of the whole."""
+    gguf = GGUFFile(model_file(VARIANTS[name]))
+    rng = np.random.default_rng(0)
+    for info in gguf.tensors.values():
+        start, stop = sorted(rng.integers(0, info.nbytes + 1, 2).tolist())
+        np.testing.assert_array_equal(gguf.read(info.name, start, stop), gguf.raw(info.name).reshape(-1)[start:stop])
 
 
 def test_an_empty_name_is_no_folder() -> None:

@@ -1,5 +1,10 @@
 """The memory plan against what MLX measures, and against machines that are described to it."""
 
+import os
+import re
+import resource
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -14,7 +19,7 @@ from glm_mlx import memory
 from glm_mlx.cache import KvBits
 from glm_mlx.checkup import glm_flash_memory
 from glm_mlx.engine import Engine
-from glm_mlx.errors import InputError
+from glm_mlx.errors import InputError, is_out_of_memory
 from glm_mlx.load import load_model, open_model
 from glm_mlx.make_tiny import GLM_FLASH, TinySpec
 from glm_mlx.memory import plan_memory
@@ -160,14 +165,31 @@ def test_a_refusal_names_the_largest_context_that_fits(model_file: MakeModel, mo
     path = model_file(TinySpec())
     needed = {context: open_model(path, context=context).memory.total for context in (100, 1000)}
     for room, context, says in [
-        (needed[1000], 5000, r"it must be 1 to 4,096, .*; this machine has room for 1,0\d\d$"),
-        (needed[1000], 4000, r"a context of 4,000 tokens needs .*; --context 10\d\d would fit$"),
-        (needed[100], 4000, r"a context of 4,000 tokens needs .*; close .* or .* \(--context \d{3} would fit\)$"),
+        (needed[1000], 5000, r"it must be 1 to 4,096, .*; this machine has room for 9\d\d$"),
+        (needed[1000], 4000, r"a context of 4,000 tokens needs .*; --context 9\d\d would fit$"),
+        (needed[100], 4000, r"a context of 4,000 tokens needs .*; close .* or .* \(--context \d\d would fit\)$"),
         (1000, 4000, r"\d.gguf needs .* this machine has 1.0 kB to give; close .* smaller quantisation$"),
     ]:
         monkeypatch.setattr(memory, "machine_memory", lambda room=room: (room, "a test"))
         with pytest.raises(InputError, match=says):
             load_model(path, context=context)
+
+
+def test_advice_fits_although_a_little_less_is_free_by_then(
+    model_file: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Free RAM is never twice the same: what a refusal advises is tried with 4 % less."""
+    path = model_file(TinySpec(context_length=100_000))
+    room = 300_000_000
+    monkeypatch.setattr(memory, "machine_memory", lambda: (room, "a test"))
+    with pytest.raises(InputError, match=r"; --context \d+ would fit$") as refused:
+        load_model(path, context=100_000)
+    advised = int(str(refused.value).split()[-3])
+    with pytest.raises(InputError, match=rf"this machine has room for {advised:,}$"):
+        open_model(path, context=100_001)
+    monkeypatch.setattr(memory, "machine_memory", lambda: (int(0.96 * room), "a test"))
+    assert open_model(path, context=advised).memory.fits
+    assert open_model(path).memory.largest < 1.1 * advised, "and it is not much less than would fit"
 
 
 def test_16_bits_take_half_the_cache(model_file: MakeModel) -> None:
@@ -248,6 +270,59 @@ def test_a_cpu_has_free_ram_or_what_its_container_leaves(
     else:
         assert source == "free RAM"
         assert found == pytest.approx(psutil.virtual_memory().available, rel=0.2)
+
+
+UNDER_A_LIMIT = """
+import resource, sys
+import psutil
+from glm_mlx import generate, session
+used = psutil.Process().memory_info()
+limit = (used.vms if sys.argv[1] == "RLIMIT_AS" else used.data) + int(sys.argv[2])
+resource.setrlimit(getattr(resource, sys.argv[1]), (limit, limit))
+sys.exit(generate.main(["hi", "-n", "1", *sys.argv[3:]]))
+"""
+ON_LINUX = pytest.mark.skipif(sys.platform != "linux", reason="other systems do not enforce these limits")
+
+
+@ON_LINUX
+@pytest.mark.parametrize("kind", ["RLIMIT_AS", "RLIMIT_DATA"])
+@pytest.mark.parametrize(("more", "code"), [(2e6, 2), (2e7, 2), (6e7, 2), (1e11, 0)])
+def test_a_limit_of_the_process_is_met_by_one_line_and_no_signal(kind: str, more: float, code: int) -> None:
+    """MLX on a CPU writes through a null pointer where it gets no memory, and threads need stacks."""
+    command = [sys.executable, "-c", UNDER_A_LIMIT, kind, str(int(more)), "-m", str(SMALL_MODEL)]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=60)
+    assert done.returncode == code
+    if code:
+        assert re.fullmatch(
+            r"error: (out of memory: .*|.*\(ulimit\) leaves .* raise ulimit -[vd] or .*)\n", done.stderr
+        )
+
+
+@ON_LINUX
+@pytest.mark.parametrize(("kind", "of_thread"), [("AS", memory.THREAD_HEAP), ("DATA", 0)])
+def test_a_limit_of_the_process_leaves_what_is_not_taken_and_not_to_come(
+    kind: str, of_thread: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stacks of the threads that load the file, and the heap that glibc sets aside for each, count as to come."""
+    unlimited = dict.fromkeys((resource.RLIMIT_AS, resource.RLIMIT_DATA), (resource.RLIM_INFINITY,) * 2)
+    limits = {**unlimited, resource.RLIMIT_STACK: (1 << 23,) * 2}
+    monkeypatch.setattr(resource, "getrlimit", limits.__getitem__)
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    assert memory._ulimit_rooms() == []
+    used = psutil.Process().memory_info()
+    limits[getattr(resource, f"RLIMIT_{kind}")] = (10**10,) * 2
+    (found,) = memory._ulimit_rooms()
+    taken = used.vms if kind == "AS" else used.data
+    left = 10**10 - taken - 8 * ((1 << 23) + of_thread) - memory.PROCESS_RESERVE
+    assert found[0] == pytest.approx(left, abs=2e7)
+    monkeypatch.setattr(mx, "device_info", lambda: {"architecture": "x86_64"})
+    limits[getattr(resource, f"RLIMIT_{kind}")] = (10**6,) * 2
+    assert memory.machine_memory() == (0, found[1])
+
+
+@pytest.mark.parametrize("says", ["can't start new thread", "Resource temporarily unavailable"])
+def test_a_thread_that_cannot_start_is_a_lack_of_memory(says: str) -> None:
+    assert is_out_of_memory(RuntimeError(says))
 
 
 def group(folder: Path, version: int, limit: object, used: int, files: int) -> None:

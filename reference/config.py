@@ -82,12 +82,18 @@ def read_config(file: GgufFile) -> Config:
 
 
 def read_yarn(arch: dict[str, Any]) -> Yarn | None:
+    if arch.get("rope.scaling.attn_factor", 1.0) != 1.0:
+        raise ValueError(
+            f"rope.scaling.attn_factor is {arch['rope.scaling.attn_factor']}; the reference has no place for it"
+        )
     if arch.get("rope.scaling.type") != "yarn":
         return None
+    if not arch.get("rope.scaling.yarn_log_multiplier"):
+        raise ValueError("rope.scaling.yarn_log_multiplier is not given; YaRN means different things without it")
     return Yarn(
         factor=arch["rope.scaling.factor"],
         original_context_length=arch["rope.scaling.original_context_length"],
-        log_multiplier=arch.get("rope.scaling.yarn_log_multiplier", 0.0),
+        log_multiplier=arch["rope.scaling.yarn_log_multiplier"],
         beta_fast=arch.get("rope.scaling.yarn_beta_fast", 32.0),
         beta_slow=arch.get("rope.scaling.yarn_beta_slow", 1.0),
     )
