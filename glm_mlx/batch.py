@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 
 from glm_mlx.engine import prefill_chunk
+from glm_mlx.exclusive import Exclusive
 from glm_mlx.model import Model
 from kernels import wide
 from kernels.wide import LEAST_TOKENS
@@ -15,7 +16,7 @@ class Batch:
 
     `batch(new)` appends each sequence's new tokens, a prompt or the token that was chosen last. While all sequences are
     as long as each other, as prompts are from their beginnings, attention is that of a single long prompt. `chunk`:
-    tokens of all sequences at once, by default as for one.
+    tokens of all sequences at once, by default as for one. A batch belongs to the thread that calls it first.
     """
 
     def __init__(self, model: Model, sequences: int, chunk: int | None = None):
@@ -23,6 +24,7 @@ class Batch:
             raise ValueError(f"a batch of {sequences} sequences; at least one is needed")
         self.model = model
         self.cache = model.new_batch_cache(sequences)
+        self._alone = Exclusive("the batch")
         # Not so few of each sequence that a GPU's matrix units are left unused.
         self.chunk = max(1, chunk // sequences) if chunk else max(LEAST_TOKENS, prefill_chunk(model.dtype) // sequences)
 
@@ -30,8 +32,12 @@ class Batch:
         """The logits of each sequence's last token, (B, vocabulary). Every sequence gets one token at least.
 
         Raises InputError where the cache is full, as the model's context is. What was read before, here and on Ctrl-C,
-        is kept: of each sequence as many of its tokens as the chunks before held.
+        is kept: of each sequence as many of its tokens as the chunks before held. Raises InUseError in another thread.
         """
+        with self._alone:
+            return self._read(new)
+
+    def _read(self, new: Sequence[Sequence[int]]) -> mx.array:
         lengths, cache = [len(tokens) for tokens in new], self.cache
         if len(lengths) != len(cache.offsets) or not all(lengths):
             raise ValueError(f"tokens for {len(cache.offsets)} sequences, at least one each, and not {lengths}")

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from glm_mlx.command import Parser, context, run
+from glm_mlx.signals import importing
 
 DESCRIPTION = "Compile every kernel on this device, hold each against its twin in MLX's own operations, and time it."
 NOTES = """\
@@ -53,8 +54,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     def work() -> int:
         args = build_parser().parse_args(argv)
-        from glm_mlx import checkup
-
+        with importing():
+            from glm_mlx import checkup
         return checkup.run(args)
 
     return run(work)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from glm_mlx.errors import InputError, NotNumbersError
+from glm_mlx.exclusive import Exclusive
 from glm_mlx.model import Model
 from glm_mlx.model_cases import launches
 from glm_mlx.sampling import Sample, Sampler, SamplingParams
@@ -61,6 +62,7 @@ class Engine:
     `tokens` are the ids whose rows are in the cache. A prompt that begins with them is computed only from where it
     differs. `context`: how many tokens prompt and answer may have together, if less than the model was made for.
     `chunk`: tokens of a prompt at once, by default as `prefill_chunk` says; of few that are left, `kernels.wide` says.
+    An engine generates one answer at a time, and belongs to the thread of the first one.
     """
 
     def __init__(self, model: Model, chunk: int | None = None, context: int | None = None):
@@ -76,6 +78,7 @@ class Engine:
             compile_ahead(launches(model))
         self.tokens: list[int] = []
         self.stats = Stats()
+        self._alone = Exclusive("the engine")
 
     def generate(
         self,
@@ -89,8 +92,22 @@ class Engine:
 
         `on_prefill(done, total)` is called with prompt tokens before the first chunk and after each. Raises InputError
         for an empty prompt, one that does not fit the context, or ids that are not in the vocabulary; NotNumbersError
-        in place of a token whose logits are NaN or infinite.
+        in place of a token whose logits are NaN or infinite; InUseError while another generator of this engine is
+        neither exhausted nor closed, or in another thread than the first.
         """
+        with self._alone:
+            for step in self._steps(prompt, params, max_tokens, stop_ids, on_prefill):
+                yield step
+                self._alone.check_thread()
+
+    def _steps(
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        max_tokens: int,
+        stop_ids: frozenset[int],
+        on_prefill: Callable[[int, int], None],
+    ) -> Iterator[Step]:
         cfg = self.model.cfg
         if not prompt:
             raise InputError("the prompt is empty; give at least one token of text")

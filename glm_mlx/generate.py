@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from glm_mlx.command import Parser, context, run
+from glm_mlx.signals import importing
 
 DESCRIPTION = "Generate text with GLM-4.7-Flash, or another model of its architecture, from a GGUF file."
 EXAMPLES = """\
@@ -105,8 +106,8 @@ def _bias(text: str) -> tuple[int, float]:
 def main(argv: list[str] | None = None) -> int:
     def work() -> int:
         args = build_parser().parse_args(argv)
-        from glm_mlx import session
-
+        with importing():
+            from glm_mlx import session
         return session.run(args)
 
     return run(work)

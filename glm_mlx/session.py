@@ -1,7 +1,6 @@
 """What `generate` does once its arguments are read: load, encode, generate, print."""
 
 import argparse
-import itertools
 import json
 import math
 import sys
@@ -98,12 +97,14 @@ class _Talk:
         try:
             with _PrefillBar() as bar:
                 steps = self.engine.generate(ids, self.params, count, stop_ids, bar.update)
-                for step in itertools.islice(steps, benchmark or count):
+                for step in steps:
                     answer.steps.append(step)
                     if step.token in stop_ids:
                         answer.finish = "stop"
                     else:
                         self._take(answer, splitter.push(step.token))
+                    if len(answer.steps) == benchmark:
+                        break
         except KeyboardInterrupt:
             answer.finish = "interrupted"
         finally:  # an error's line comes below what was printed before it
@@ -216,7 +217,7 @@ def _prompt(args: argparse.Namespace) -> str:
         if sys.stdin is None or (sys.stdin.isatty() and text is None):
             raise InputError("there is no prompt; write one in quotes after the options, or use --chat (see -h)")
         # Bytes that are no UTF-8 come through as surrogates, which the tokenizer turns back into those bytes.
-        text = sys.stdin.buffer.read().decode("utf-8", "surrogateescape")
+        text = _standard_input().decode("utf-8", "surrogateescape")
     if not text.strip():
         raise InputError("the prompt is empty; write what the model is to answer")
     return str(text)
@@ -226,6 +227,16 @@ def _template(args: argparse.Namespace, metadata: Mapping[str, Any]) -> ChatTemp
     if args.chat_template is not None:
         return read_template(args.chat_template)
     return ChatTemplate(metadata.get("tokenizer.chat_template", GLM_TEMPLATE))
+
+
+def _standard_input() -> bytes:
+    """All of it. Raises InputError where it is non-blocking and its end has not come."""
+    parts: list[bytes] = []
+    while part := sys.stdin.buffer.read():
+        parts.append(part)
+    if part is None:  # never a part of a prompt for the whole
+        raise InputError("standard input is non-blocking and has no more data yet; give the prompt as an argument")
+    return b"".join(parts)
 
 
 def _model_path(args: argparse.Namespace) -> Path:
@@ -343,8 +354,9 @@ def _benchmark_table(loaded: Loaded, answer: Answer) -> None:
     for column in table.columns:
         column.justify = "right"
     for n, step in enumerate(answer.steps[1:], 2):  # the first comes from the prefill
-        rate = (fixed + per_row * step.position) / step.seconds / 1e9
-        table.add_row(str(n), f"{step.seconds * 1e3:.2f}", f"{1 / step.seconds:.1f}", f"{rate:.2f}")
+        per_second = 1 / step.seconds if step.seconds else math.inf  # a clock may stand still
+        rate = (fixed + per_row * step.position) * per_second / 1e9
+        table.add_row(str(n), f"{step.seconds * 1e3:.2f}", f"{per_second:.1f}", f"{rate:.2f}")
     STDERR.print(table)
 
 
