@@ -25,6 +25,21 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
+def whole(least: int, most: int = (1 << 63) - 1) -> Callable[[str], int]:
+    """An argument that must be a whole number from `least` to `most`."""
+
+    def parse(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:  # also for thousands of digits
+            number = least - 1
+        if not least <= number <= most:
+            raise argparse.ArgumentTypeError(f"{shown(text, 40)!r} is not a whole number from {least:,} to {most:,}")
+        return number
+
+    return parse
+
+
 def context(text: str) -> int | None:
     """The value of --context; None is auto."""
     if text == "auto":

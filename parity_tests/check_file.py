@@ -6,54 +6,56 @@ Every chosen layer is fed the reference's own input. Both sides hold one layer a
 32 GB machine; the reference computes every layer up to the last chosen one.
 """
 
-import argparse
-import sys
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
+from glm_mlx.command import Parser, run, whole
 from glm_mlx.config import Config
+from glm_mlx.console import Console
 from glm_mlx.errors import InputError
 from glm_mlx.gguf import GGUFFile
 from glm_mlx.model import activation_dtype
+from kernels.shown import shown
 from parity_tests.budgets import BUDGETS
 from parity_tests.compare import TapError, compare_layers
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0 if every error is within its budget, 1 if not, 2 if something given cannot be used."""
-    parser = argparse.ArgumentParser(prog="python -m reference", description=(__doc__ or "").splitlines()[0])
+    parser = Parser(prog="python -m reference", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", "-m", required=True, metavar="FILE", help="a .gguf file")
     parser.add_argument("--layers", metavar="I,J,...", help="numbers of layers (default: all)")
-    parser.add_argument("--tokens", type=int, default=16, metavar="N", help="length of the random text (default 16)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the random text (default 0)")
-    args = parser.parse_args(argv)
-    try:
+    parser.add_argument("--tokens", type=whole(1), default=16, metavar="N", help="of the random text (default 16)")
+    parser.add_argument("--seed", type=whole(0), default=0, metavar="N", help="of the random text (default 0)")
+
+    def work() -> int:
+        args = parser.parse_args(argv)
         return _report(_compare(Path(args.model), args.layers, args.tokens, args.seed))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        return 130
+
+    return run(work)
 
 
 def _compare(path: Path, layers: str | None, count: int, seed: int) -> list[TapError]:
     gguf = GGUFFile(path)
     cfg = Config.from_metadata(gguf.metadata, gguf.tensors)
-    if count < 1:
-        raise InputError(f"tokens is {count}; it must be 1 or more")
+    if count > cfg.context_length:
+        raise InputError(f"tokens is {count:,}; the model's context is {cfg.context_length:,}, give fewer")
     chosen = None if layers is None else [_layer(text, cfg.num_layers) for text in layers.split(",")]
     tokens = np.random.default_rng(seed).integers(0, cfg.vocab_size, count).tolist()
     with Console(stderr=True).status("computing the reference"):
-        return list(compare_layers(path, tokens, chosen, activation_dtype()))
+        try:
+            return list(compare_layers(path, tokens, chosen, activation_dtype()))
+        except KeyError as error:  # of the reference, which falls back on nothing
+            raise InputError(f"the reference needs {error.args[0]}, not in {path}; give a file that has it") from None
+        except ValueError as error:
+            raise InputError(f"the reference cannot use {path}: {error}; give another file") from None
 
 
 def _layer(text: str, count: int) -> int:
-    if not text.isdecimal() or int(text) >= count:
-        raise InputError(f"{text!r} in --layers is no layer of this model; its layers are 0 to {count - 1}")
+    if not text.isdecimal() or len(text) > 9 or int(text) >= count:
+        raise InputError(f"{shown(text, 40)!r} in --layers is no layer of this model; its layers are 0 to {count - 1}")
     return int(text)
 
 

@@ -32,6 +32,16 @@ def numbered(cache: LatentCache, begin: int, end: int) -> mx.array:
     return mx.zeros((1, end - begin, cache.format.values)) + mx.arange(begin, end)[None, :, None]
 
 
+def test_trim_forgets_and_never_remembers() -> None:
+    cache = filled(10)
+    cache.trim(20)
+    assert cache.offset == 10
+    cache.trim(4)
+    assert cache.offset == 4
+    cache.trim(9)
+    assert cache.offset == 4
+
+
 def by_step(cache: LatentCache, count: int) -> None:
     """As a traced step does: whole arrays out, whole arrays in."""
     for _ in range(count):

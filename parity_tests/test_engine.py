@@ -1,5 +1,7 @@
 """The engine: what it yields, what its cache holds afterwards, and what its figures mean."""
 
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import pytest
 from glm_mlx.cache import STEP
 from glm_mlx.engine import Engine, Step
 from glm_mlx.errors import InputError, NotNumbersError
+from glm_mlx.exclusive import InUseError
 from glm_mlx.gguf import GGUFFile
 from glm_mlx.make_tiny import TinySpec
 from glm_mlx.model import Model
@@ -42,6 +45,48 @@ def generate(engine: Engine, prompt: list[int], count: int, params: SamplingPara
 def test_greedy_tokens_equal_a_run_without_cache_or_look_ahead(model: Model) -> None:
     prompt = tokens(9)
     assert generate(Engine(model, chunk=4), prompt, 12) == greedy_by_hand(model, prompt, 12)
+
+
+def test_a_second_generator_waits_for_the_end_of_the_first(model: Model) -> None:
+    """Two in turns would write over each other's rows."""
+    engine = Engine(model)
+    first = engine.generate(tokens(9), GREEDY, 5)
+    next(first)
+    with pytest.raises(InUseError, match="the engine is in use"):
+        next(engine.generate(tokens(3), GREEDY, 5))
+    first.close()
+    assert generate(engine, tokens(3), 5) == greedy_by_hand(model, tokens(3), 5)
+
+
+def test_a_failed_prompt_leaves_the_engine_free(model: Model) -> None:
+    engine = Engine(model)
+    with pytest.raises(InputError, match="empty"):
+        generate(engine, [], 5)
+    assert len(generate(engine, tokens(3), 2)) == 2
+
+
+def test_an_engine_belongs_to_the_thread_of_its_first_answer(model: Model) -> None:
+    """Also where that has ended, and where an answer is handed from one thread to another."""
+    engine = Engine(model)
+    steps = engine.generate(tokens(9), GREEDY, 5)
+    next(steps)
+    errors = list[BaseException]()
+
+    def elsewhere(work: Callable[[], object]) -> None:
+        try:
+            work()
+        except BaseException as error:
+            errors.append(error)
+
+    for work in (lambda: generate(engine, tokens(3), 2), lambda: next(steps), lambda: generate(engine, tokens(3), 2)):
+        thread = threading.Thread(target=elsewhere, args=(work,), name="other")
+        thread.start()
+        thread.join()
+    assert [type(error) for error in errors] == [InUseError] * 3
+    assert "in use" in str(errors[0])
+    for error in errors[1:]:
+        assert "belongs to the thread MainThread, not to other" in str(error)
+    assert len(generate(engine, tokens(3), 2)) == 2
 
 
 def test_a_traced_step_gives_the_tokens_of_an_eager_one_while_the_cache_grows(model_file: MakeModel) -> None:

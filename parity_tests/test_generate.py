@@ -1,5 +1,6 @@
 """The command as a person uses it: what goes to which stream, exit codes, chat, Ctrl-C."""
 
+import importlib
 import json
 import os
 import pty
@@ -8,6 +9,7 @@ import select
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,6 +24,7 @@ from glm_mlx.load import open_model
 from glm_mlx.make_tiny import TinySpec
 from glm_mlx.small import SMALL_MODEL
 from glm_mlx.tokenizer import Tokenizer
+from parity_tests import check_file
 from parity_tests.conftest import MakeModel
 from parity_tests.fuzz import F32, I32, U32, File, value
 from parity_tests.test_engine import damaged
@@ -146,8 +149,9 @@ def test_a_prompt_may_come_four_ways(model: str, how: str) -> None:
 
 
 def test_bytes_that_are_no_utf_8_reach_the_model_as_they_are(model: str) -> None:
-    done = run("-m", model, "--raw", "-n", "1", "--json", stdin=b"a\xff\xfe\x80b")
-    assert len(json.loads(done.stdout)["prompt_ids"]) == 5
+    data = b"a\xff\xfe\x80b"
+    ids = json.loads(run("-m", model, "--raw", "-n", "1", "--json", stdin=data).stdout)["prompt_ids"]
+    assert Tokenizer(GGUFFile(model).metadata).decode_bytes(ids) == data
 
 
 def test_raw_takes_the_prompt_as_it_stands(model: str, capfd: pytest.CaptureFixture[str]) -> None:
@@ -347,10 +351,117 @@ def test_an_error_that_nobody_expected_is_not_hidden() -> None:
 
 
 def test_a_reader_that_stops_early_is_no_error(model: str) -> None:
-    command = f"{sys.executable} -m glm_mlx.generate -m {model} Hello --no-think -n 300 | head -c 5"
-    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, timeout=60)
-    assert b"Traceback" not in done.stderr
-    assert b"Exception" not in done.stderr
+    arguments = ["-m", model, "Hello", "--no-think", "-n", "300", *never_stops(model)]
+    with subprocess.Popen([*COMMAND, *arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout
+        assert process.stderr
+        os.read(process.stdout.fileno(), 5)
+        process.stdout.close()
+        err = process.stderr.read()
+        assert process.wait(30) == 0
+    assert b"Traceback" not in err
+    assert b"Exception" not in err
+
+
+@pytest.mark.parametrize("notes", ["2>/dev/full", "2>&1 >answer | head -c 1", "2>&-"])
+def test_no_note_that_is_lost_costs_the_answer(notes: str, tmp_path: Path) -> None:
+    """The small model, which says in its first line that it is that, then reasons."""
+    out = "" if ">answer" in notes else ">answer"
+    command = f"{sys.executable} -m glm_mlx.generate 'What is 47 + 38?' --temp 0 {notes} {out}"
+    done = subprocess.run(
+        ["bash", "-c", f"{command}; exit ${{PIPESTATUS[0]}}"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        cwd=tmp_path,
+        stdin=subprocess.DEVNULL,
+        timeout=60,
+    )
+    assert done.returncode == 0
+    assert (tmp_path / "answer").read_text() == "85.\n"
+
+
+# Prompts of other commands, in this process: what cannot be used is one line and exit code 2.
+HUGE = "9" * 5000
+NOT_USABLE = [
+    (["glm_mlx.generate", "hi", "-n", HUGE], "count"),
+    (["glm_mlx.generate", "hi", "-n", "-1"], "count is -1"),
+    (["glm_mlx.generate", "hi", "--seed", "-1"], "seed"),
+    (["glm_mlx.generate", "hi", "--top-k", HUGE], "top-k"),
+    (["glm_mlx.generate", "hi", "--benchmark", "-5"], "benchmark is -5"),
+    (["glm_mlx.make_tiny", "x.gguf", "--seed", "-1"], "--seed: '-1' is not a whole number"),
+    (["glm_mlx.make_tiny", "/dev/null/x.gguf"], "cannot write /dev/null/x.gguf"),
+    (["glm_mlx.small.train", "--out", "/dev/null", "--steps", "-1"], "--steps"),
+    (["glm_mlx.small.evaluate", "--count", HUGE], "--count: '9999"),
+    (["glm_mlx.doctor", "--context", HUGE], "context"),
+    (["parity_tests.check_file", "-m", str(SMALL_MODEL), "--seed", "-1"], "--seed: '-1'"),
+    (["parity_tests.check_file", "-m", str(SMALL_MODEL), "--tokens", "1e15"], "--tokens: '1e15'"),
+    (["parity_tests.check_file", "-m", str(SMALL_MODEL), "--tokens", str(10**15)], "tokens is 1,000,000,000,000,000"),
+    (["parity_tests.check_file", "-m", str(SMALL_MODEL), "--layers", HUGE], "in --layers is no layer of this model"),
+]
+
+
+@pytest.mark.parametrize(("words", "says"), NOT_USABLE, ids=lambda words: " ".join(words)[:60].replace("/", "_"))
+def test_a_number_that_no_command_can_use_is_one_line(
+    words: list[str], says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", words)
+    main = importlib.import_module(words[0]).main
+    with pytest.raises(SystemExit) as ended:  # the parser's, or what the command makes of its exit code
+        sys.exit(command.run(main))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2
+    assert line.startswith("error: ")
+    assert says in line
+
+
+def test_more_tokens_than_a_number_of_the_machine_are_as_many_as_fit(
+    model: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert generate.main(["-m", model, "Hello", "--no-think", "-n", str(1 << 63), "--seed", "1"]) == 0
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_an_empty_non_blocking_standard_input_is_one_line() -> None:
+    read, write = os.pipe()
+    os.set_blocking(read, False)
+    done = subprocess.run(COMMAND, stdin=read, capture_output=True, cwd=ROOT, timeout=60)
+    os.close(read)
+    os.close(write)
+    (line,) = done.stderr.decode().splitlines()
+    assert (done.returncode, line.startswith("error: standard input is non-blocking")) == (2, True)
+
+
+def test_a_clock_that_stands_still_is_no_error(
+    model: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(time, "perf_counter", lambda: 1.0)
+    assert generate.main(["-m", model, "--benchmark", "3", "--no-think"]) == 0
+    assert capfd.readouterr().err.count(" inf ") == 4  # tok/s and GB/s of two tokens
+
+
+@pytest.mark.parametrize("key", ["rope.freq_base", "attention.key_length"])
+def test_a_file_that_the_reference_cannot_use_is_one_line(
+    key: str, model_file: MakeModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The product falls back on what llama.cpp takes; the reference takes nothing for granted."""
+    file = tmp_path / "model.gguf"
+    data = Path(model_file(TinySpec())).read_bytes()
+    name = f"deepseek2.{key}".encode()
+    file.write_bytes(data.replace(name, name[:-1] + b"X"))
+    assert check_file.main(["-m", str(file), "--layers", "0"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert key in line
+
+
+def test_ctrl_c_while_a_command_is_still_imported_prints_nothing() -> None:
+    """As the interpreter stands when `-m` has it look for the command, and when the command imports MLX."""
+    interrupt = "import os, signal, sys; os.kill(os.getpid(), signal.SIGINT)"
+    for code in (
+        f"import sys; sys.argv = ['-m']; import glm_mlx; {interrupt}",
+        f"from glm_mlx.signals import importing\nwith importing():\n  {interrupt}",
+    ):
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, timeout=60)
+        assert (done.returncode, done.stderr) == (-signal.SIGINT, b"")
 
 
 class Terminal:
@@ -550,6 +661,36 @@ def cache_limit() -> int:
     limit = mx.set_cache_limit(0)
     mx.set_cache_limit(limit)
     return limit
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_the_terminal_is_left_as_it_was_when_a_bar_shows_and_the_program_is_asked_to_end(number: int) -> None:
+    """A status line as of a bar, in the place of work that takes long."""
+    code = (
+        "import sys, time\nfrom glm_mlx.command import run\nfrom glm_mlx.console import Console\n"
+        "def work():\n  with Console(stderr=True).status('waiting'):\n    time.sleep(30)\n"
+        "sys.exit(run(work))"
+    )
+    bar = Terminal(command=[sys.executable, "-c", code])
+    bar.wait_for("waiting")
+    os.kill(bar.process, number)
+    bar.wait_for("never")
+    assert bar.exit_code() == 128 + number
+    assert bar.seen.rfind("\x1b[?25l") < bar.seen.rfind("\x1b[?25h"), "the cursor stays hidden"
+    assert "Traceback" not in bar.seen
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_the_terminal_reads_lines_again_when_a_chat_is_asked_to_end(model: str, number: int) -> None:
+    chat = Terminal("-m", model, "--chat")
+    before = termios.tcgetattr(chat.end)
+    chat.wait_for("> ")
+    while termios.tcgetattr(chat.end) == before:  # until readline has taken the terminal
+        time.sleep(0.01)
+    os.kill(chat.process, number)
+    chat.wait_for("never")
+    assert termios.tcgetattr(chat.end) == before
+    assert chat.exit_code() == 128 + number
 
 
 def test_the_terminal_is_left_as_it_was_after_ctrl_c(model: str) -> None:
