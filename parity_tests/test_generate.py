@@ -665,10 +665,10 @@ def cache_limit() -> int:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_the_terminal_is_left_as_it_was_when_a_bar_shows_and_the_program_is_asked_to_end(number: int) -> None:
-    """A status line as of a bar, in the place of work that takes long."""
+    """A bar hides the cursor, and the signal may come while it is about to show it again."""
     code = (
-        "import sys, time\nfrom glm_mlx.command import run\nfrom glm_mlx.console import Console\n"
-        "def work():\n  with Console(stderr=True).status('waiting'):\n    time.sleep(30)\n"
+        "import sys, time\nfrom glm_mlx.command import run\n"
+        "def work():\n  print('\\x1b[?25lwaiting', file=sys.stderr, flush=True)\n  time.sleep(30)\n"
         "sys.exit(run(work))"
     )
     bar = Terminal(command=[sys.executable, "-c", code])
