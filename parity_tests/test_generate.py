@@ -687,6 +687,7 @@ def test_the_terminal_reads_lines_again_when_a_chat_is_asked_to_end(model: str, 
     chat.wait_for("> ")
     while termios.tcgetattr(chat.end) == before:  # until readline has taken the terminal
         time.sleep(0.01)
+    time.sleep(0.3)  # and waits for a key: see `wait_for`
     os.kill(chat.process, number)
     chat.wait_for("never")
     assert termios.tcgetattr(chat.end) == before

@@ -113,7 +113,7 @@ def test_a_template_that_raises_an_escape_sequence_is_one_harmless_line(
     assert generate.main(["-m", str(path), "Hello"]) == 2
     err = capfd.readouterr().err
     assert not CONTROL.search(err)
-    assert err.startswith("error: the file's chat template failed")
+    assert err.startswith("error: the chat template failed")
     assert len(err.splitlines()) == 1
 
 
