@@ -116,6 +116,7 @@ def child(*arguments: str) -> Iterator[Iterator[dict[str, Any]]]:
 
         try:
             yield said()
+            process.wait()  # its memory is free once it is gone
         finally:
             process.terminate()
             process.wait()
