@@ -9,13 +9,11 @@ import json
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.filesize import decimal
-
 from bench.contest import Turn, UnavailableError
-from bench.subject import Subject
 from kernels.shown import shown
 
 TOLD = (
@@ -35,9 +33,8 @@ class LlamaBench:
     """Each turn starts the program anew, which loads the model; the time of loading counts nowhere."""
 
     name = "llama.cpp"
-    warms_up_itself = True
 
-    def __init__(self, subject: Subject, model: Path | None, given: Path | None):
+    def __init__(self, model: Path | None, given: Path | None):
         """`model`: the file, None for random weights. `given`: the program, else it is looked up on the PATH.
 
         Raises UnavailableError where one of them is missing.
@@ -56,13 +53,13 @@ class LlamaBench:
             "llama.cpp reads random tokens of its own, and tells the mean of a round instead of every token; what it "
             "computes was not compared with ours"
         ]
-        if subject.nbytes > subject.room:
-            self.notes.append(
-                f"llama.cpp holds the model a second time, {decimal(subject.nbytes)}, and "
-                f"{decimal(max(subject.room, 0))} of memory are left: its figures may suffer"
-            )
 
-    def measure(self, turn: Turn, count: int) -> None:
+    def take(self, blank: Sequence[Turn], count: int) -> Iterator[Turn]:
+        for turn in blank:
+            self._measure(turn, count)
+            yield turn
+
+    def _measure(self, turn: Turn, count: int) -> None:
         if turn.fill == "prefill" and turn.depth > 1:
             (prompt,) = self._run("-p", turn.depth, "-n", 0, "-r", 1)
             turn.time_to_first_token = prompt

@@ -1,41 +1,33 @@
-"""mlx-lm's own model with our weights, as a contestant: converted in memory, checked against ours, and timed.
+"""mlx-lm's own model with our weights, converted in memory and timed through mlx-lm's own `generate_step`.
 
-Only `mlx_lm.models` is imported, which needs nothing but MLX. Facts are from mlx-lm 0.32.2: `models/glm4_moe_lite.py`
-(names, shapes), `models/mla.py`, `models/switch_layers.py`, `utils.py` (which modules are quantised how) and
-`generate.py` (chunks of 2,048 tokens, the last token of a prompt by itself, one step of look-ahead).
+Facts are from mlx-lm 0.32.2: `models/glm4_moe_lite.py` (names, shapes), `models/mla.py`, `models/switch_layers.py`,
+`utils.py` (which modules are quantised how) and `generate.py` (`stream_generate`: wired limit, stream, cache, sampler).
 """
 
 import importlib
 import importlib.util
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.metadata import version
-from types import ModuleType
 from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 from rich.filesize import decimal
 
 from bench import contest, script, synthetic
-from bench.contest import WARM_UP, Turn, UnavailableError
-from bench.subject import Subject
+from bench.contest import Turn, UnavailableError
+from bench.decode import WARM_UP
 from glm_mlx.cache import LatentCache, row_format
 from glm_mlx.config import Config
-from glm_mlx.model import Model, decode_bytes
-from kernels import launcher
+from glm_mlx.model import decode_bytes
 from kernels.planes import GROUP, QuantizedTensor, Weight, dequantize_ops, group_scales
+from kernels.shown import shown
 
-PREFILL_CHUNK = 2048  # tokens
-TOKENS = 8  # on which layers are compared
 PIECE = 1 << 24  # values expanded at a time
-# What a step may differ by in float32 arithmetic, as a share of what it gives. Seen on the small model and on layers of
-# the real shapes: 3e-7 with scales in float32, 0.008 with scales in bfloat16 and Q6_K held in 8 bits.
-EXACT, ROUNDED = 1e-4, 0.02
 
 NAMES = {
     "lm_head": "lm_head",
@@ -146,28 +138,38 @@ def model_args(cfg: Config) -> dict[str, Any]:
     }
 
 
-def step_of(name: str) -> str:
-    """The step of the model to which a weight belongs: a layer, the embedding or the head with its norm."""
-    return ".".join(name.split(".")[:2]) if name.startswith("layers.") else "lm_head" if name == "norm" else name
+@dataclass(frozen=True)
+class Library:
+    """What is used of mlx-lm, by its own names. architecture: its module of this model. stream: `generation_stream`."""
+
+    version: str
+    architecture: Any
+    make_prompt_cache: Callable[[Any], list[Any]]
+    generate_step: Callable[..., Iterator[tuple[int, mx.array]]]
+    wired_limit: Callable[[Any, list[Any]], AbstractContextManager[None]]
+    stream: Any
+    make_sampler: Callable[..., Callable[[mx.array], mx.array]]
 
 
-def import_models() -> tuple[Any, Callable[[Any], list[Any]], str]:
-    """mlx-lm's `models.glm4_moe_lite`, its maker of caches, and its version.
-
-    Importing `mlx_lm` itself would import transformers too, so an empty package stands in for it. Raises
-    UnavailableError where it is missing.
-    """
-    spec = importlib.util.find_spec("mlx_lm")
-    if spec is None or spec.submodule_search_locations is None:
-        raise UnavailableError(
-            "not installed: pip install --no-deps mlx-lm (the rest of what it asks for is not needed)"
+def import_library() -> Library:
+    """Raises UnavailableError where mlx-lm, or something that it needs, is missing."""
+    if importlib.util.find_spec("mlx_lm") is None:
+        raise UnavailableError("not installed: pip install mlx-lm")
+    try:
+        generate = importlib.import_module("mlx_lm.generate")
+        return Library(
+            version("mlx-lm"),
+            importlib.import_module("mlx_lm.models.glm4_moe_lite"),
+            importlib.import_module("mlx_lm.models.cache").make_prompt_cache,
+            generate.generate_step,
+            generate.wired_limit,
+            generate.generation_stream,
+            importlib.import_module("mlx_lm.sample_utils").make_sampler,
         )
-    package = ModuleType("mlx_lm")
-    package.__spec__, package.__path__ = spec, list(spec.submodule_search_locations)
-    sys.modules.setdefault("mlx_lm", package)
-    model = importlib.import_module("mlx_lm.models.glm4_moe_lite")
-    cache = importlib.import_module("mlx_lm.models.cache")
-    return model, cache.make_prompt_cache, version("mlx-lm")
+    except ImportError as error:
+        raise UnavailableError(
+            f"its mlx_lm.generate can't be imported ({shown(str(error), 200)}): pip install mlx-lm, with what it needs"
+        ) from None
 
 
 def fill_cache(caches: list[Any], cfg: Config, dtype: mx.Dtype, count: int) -> None:
@@ -184,158 +186,81 @@ def fill_cache(caches: list[Any], cfg: Config, dtype: mx.Dtype, count: int) -> N
 
 
 class MlxLm:
-    """mlx-lm's model with the weights of `subject`, its scales and activations in the type of ours."""
+    """mlx-lm's model with our weights, its scales and activations in the type of ours.
 
-    name = "mlx-lm"
-    warms_up_itself = False
+    rounded: names, as ours, of weights that it holds inexactly.
+    """
 
-    def __init__(self, subject: Subject):
-        """Raises UnavailableError where mlx-lm is missing or memory is short, or its model computes something else."""
-        self.cfg, self.dtype = subject.config, subject.model.dtype
-        args = model_args(self.cfg)
-        module, self._make_cache, release = import_models()
+    def __init__(self, cfg: Config, weights: dict[str, Weight], dtype: mx.Dtype, room: int):
+        """Empties `weights`; `room`: bytes of memory that they leave.
+
+        Raises UnavailableError where mlx-lm is missing, does not run this model, or memory is short.
+        """
+        self.cfg, self.dtype = cfg, dtype
+        args = model_args(cfg)
+        self.library = import_library()
         held = {
             # mlx-lm keeps these in float32 too
-            name: convert(weight, mx.float32 if name.endswith("e_score_correction_bias") else self.dtype)
-            for name, weight in subject.weights.items()
+            name: convert(weight, mx.float32 if name.endswith("e_score_correction_bias") else dtype)
+            for name, weight in weights.items()
         }
-        more = sum(array.nbytes for name in held for array in _own_arrays(held[name], subject.weights[name]))
-        if more > subject.room:
+        more = sum(array.nbytes for name in held for array in _own_arrays(held[name], weights[name]))
+        if more > room:
             raise UnavailableError(
-                f"its scales and biases need {decimal(more)} more memory than ours, {decimal(max(subject.room, 0))} "
+                f"its scales and biases need {decimal(more)} more memory than ours, {decimal(max(room, 0))} "
                 "are left; take fewer --layers"
             )
-        fixed, per_row = decode_bytes(self.cfg, cast("Mapping[str, Weight]", held), row_format(self.cfg, self.dtype))
+        fixed, per_row = decode_bytes(cfg, cast("Mapping[str, Weight]", held), row_format(cfg, dtype))
         self.details: dict[str, Any] = {
-            "version": release,
-            "activations": script.dtype_name(self.dtype),
+            "version": self.library.version,
+            "activations": script.dtype_name(dtype),
             "more_memory": more,
             "bytes_a_token": {"weights": fixed, "each_row_of_the_cache": per_row},
-            "weights": _how(subject.weights, held),
+            "weights": _how(weights, held),
         }
         self.notes = [
             f"{entry['type']} in mlx-lm: {entry['held_as']}"
             for entry in self.details["weights"]
             if not entry["exact"] and entry["type"] not in synthetic.DENSE
         ]
-        self.model = module.Model(module.ModelArgs.from_dict(args))
+        self.rounded = {name for name in held if not held[name].is_exact}
+        for name in held:  # our scales go as theirs are made
+            mx.eval(list(held[name].arrays.values()))
+            del weights[name]
+        architecture = self.library.architecture
+        self.model = architecture.Model(architecture.ModelArgs.from_dict(args))
         _load(self.model, held if "lm_head" in held else held | {"lm_head": held["embed_tokens"]})
-        self._check(subject, {step_of(name) for name in held if not held[name].is_exact})
 
     def measure(self, turn: Turn, count: int) -> None:
+        """Fill `turn` with WARM_UP and then `count` tokens, generated as `stream_generate` has it, less the text.
+
+        The cache is mlx-lm's own; a context that is not read is put into it before the clock starts.
+        """
         prompt = contest.prompt_tokens(turn.depth, self.cfg.vocab_size)
-        caches = self._make_cache(self.model)
+        caches = self.library.make_prompt_cache(self.model)
         known = 0
         if turn.fill == "random":
             known = len(prompt) - 1
             fill_cache(caches, self.cfg, self.dtype, known)
-        start = time.perf_counter()
-        token = self._greedy(self._prefill(mx.array([prompt[known:]]), caches))
-        mx.eval(token)
-        last = time.perf_counter()
-        if turn.fill == "prefill":
-            turn.time_to_first_token = last - start
-        wanted = WARM_UP + count if count else 0
-        for n in range(wanted + 1):
-            if count:  # one more than wanted: beside the last token too the next one is computed
-                ahead = self._greedy(self.model(token[:, None], cache=caches)[:, -1])
-                mx.async_eval(ahead)
-            turn.tokens.append(int(cast(int, token.item())))
-            if n:
-                now = time.perf_counter()
-                (turn.warm_up if n <= WARM_UP else turn.seconds).append(now - last)
-                last = now
-            if count:
-                token = ahead
-        mx.synchronize()
-
-    def _prefill(self, prompt: mx.array, caches: list[Any]) -> mx.array:
-        """(1, L) -> the logits of the last token, (1, vocabulary)."""
-        last = prompt.shape[1] - 1
-        for begin in range(0, last, PREFILL_CHUNK):
-            self.model(prompt[:, begin : min(begin + PREFILL_CHUNK, last)], cache=caches)
-            mx.eval([cache.state for cache in caches])
-            mx.clear_cache()
-        return cast(mx.array, self.model(prompt[:, last:], cache=caches)[:, -1])
-
-    @staticmethod
-    def _greedy(logits: mx.array) -> mx.array:
-        return mx.argmax(logits, axis=-1)
-
-    def _check(self, subject: Subject, rounded: set[str]) -> None:
-        """`rounded`: steps with a weight that is held inexactly.
-
-        Raises UnavailableError where a step computes something else than ours.
-        """
-        exact = Model(subject.config, dict(subject.weights), mx.float32)  # which may move its weights
-        with launcher.avoiding():
-            errors = dict(self._step_errors(exact))
-        budgets = {step: ROUNDED if step in rounded else EXACT for step in errors}
-        logits = self._logit_errors(exact, subject.model)
-        self.details["agreement"] = {
-            "steps_in_float32": {step: {"error": errors[step], "budget": budgets[step]} for step in errors},
-            "first_logits": logits,
-        }
-        for step, error in errors.items():
-            if not error <= budgets[step]:
-                raise UnavailableError(
-                    f"its {step} differs from ours by {error:.2g} (budget {budgets[step]}): it computes something else "
-                    "and is not timed"
-                )
-        worst = max(errors, key=errors.__getitem__)
-        self.notes.append(
-            f"mlx-lm computes what we do: step by step in float32 it differs by at most {errors[worst]:.2g} ({worst})"
-        )
-        for what, found in logits.items():
-            if not math.isfinite(found["mlx-lm"]):
-                raise UnavailableError(f"its logits of the {what} are not finite; they are not timed")
-            self.notes.append(
-                f"logits of the {what}, relative error against ours in float32: ours {found[contest.OURS]:.2g}, "
-                f"mlx-lm {found['mlx-lm']:.2g}; {'the same' if found['same_token'] else 'another'} greedy token"
+        tokens = mx.array(prompt[known:])
+        with self.library.wired_limit(self.model, [self.library.stream]):
+            last = time.perf_counter()
+            steps = self.library.generate_step(
+                tokens,
+                self.model,
+                self.library.stream,
+                max_tokens=1 + WARM_UP + count,  # the first comes from the prompt
+                sampler=self.library.make_sampler(temp=0),
+                prompt_cache=caches,
             )
-
-    def _step_errors(self, exact: Model) -> Iterator[tuple[str, float]]:
-        """Every step of the model on our input, in float32: the median over tokens, since one of two experts that are
-        all but equal may win here and the other there. Theirs takes token by token, as when it decodes."""
-        prompt = mx.array([contest.prompt_tokens(TOKENS, self.cfg.vocab_size)])
-        cache, caches = exact.new_cache(), self._make_cache(self.model)
-        x = exact.embed(prompt)
-        yield "embed_tokens", _relative(self.model.model.embed_tokens(prompt).astype(mx.float32), x)
-        for number, layer in enumerate(self.model.model.layers):
-            out = exact.layers[number](x, cache)
-            parts = [layer(x[:, t : t + 1], None, cache=caches[number]) for t in range(TOKENS)]
-            yield f"layers.{number}", _relative(mx.concatenate(parts, axis=1) - x, out - x)
-            x = out
-        yield "lm_head", _relative(self.model.lm_head(self.model.model.norm(x)), exact.logits(x))
-
-    def _logit_errors(self, exact: Model, ours: Model) -> dict[str, dict[str, Any]]:
-        """Of the whole models, each in its own arithmetic, after a prompt and after one decoded token more."""
-        prompt = mx.array([contest.prompt_tokens(TOKENS + 1, self.cfg.vocab_size)])
-        with launcher.avoiding():
-            truth = our_logits(exact, prompt)
-        found, caches = our_logits(ours, prompt), self._make_cache(self.model)
-        theirs = [self._prefill(prompt[:, :-1], caches), self.model(prompt[:, -1:], cache=caches)[:, -1]]
-        return {
-            what: {
-                contest.OURS: _relative(a, exactly),
-                "mlx-lm": _relative(b, exactly),
-                "same_token": bool(mx.argmax(a) == mx.argmax(b)),
-            }
-            for what, exactly, a, b in zip(("prompt", "decoded token"), truth, found, theirs, strict=True)
-        }
-
-
-def our_logits(model: Model, tokens: mx.array) -> list[mx.array]:
-    """(1, L) -> the logits (1, vocabulary) of token L - 1, the last of a prompt, and of token L, decoded as usual."""
-    cache = model.new_cache()
-    prompt = model.logits(model.hidden_states(tokens[:, :-1], cache)[:, -1:])[:, 0]
-    mx.eval(prompt, [rows for rows in cache.rows if rows is not None])
-    if mx.default_device() == mx.Device(mx.gpu):
-        decoded, _ = model.step(tokens[:, -1:], mx.array([cache.offset], mx.int32), cache.reserve(1))
-    else:
-        decoded = model.logits(model.hidden_states(tokens[:, -1:], cache))[:, 0]
-    mx.eval(decoded)
-    return [prompt, decoded]
+            for n, (token, _) in enumerate(steps):
+                now = time.perf_counter()
+                turn.tokens.append(token)
+                if n:
+                    (turn.warm_up if n <= WARM_UP else turn.seconds).append(now - last)
+                elif turn.fill == "prefill":
+                    turn.time_to_first_token = now - last
+                last = now
 
 
 def _load(model: Any, held: Mapping[str, Held]) -> None:
@@ -378,10 +303,3 @@ def _how(weights: Mapping[str, Weight], held: Mapping[str, Held]) -> list[dict[s
         {"type": kind, "held_as": how, "exact": exact, "tensors": n, "bytes": ours, "bytes_held": theirs}
         for (kind, how, exact), (n, ours, theirs) in found.items()
     ]
-
-
-def _relative(a: mx.array, exact: mx.array) -> float:
-    """Root mean square of the difference to that of `exact`, over the last axis; of several tokens the median."""
-    a, exact = a.astype(mx.float32), exact.astype(mx.float32)
-    ratios = mx.sqrt((a - exact).square().sum(axis=-1) / exact.square().sum(axis=-1))
-    return float(np.median(np.asarray(ratios)))

@@ -39,7 +39,11 @@ LEGEND = (
     "token (a block, a launch) needs, each once, by the GPU's own time where that is known. Tests hold what our\n"
     "kernels fetch to these bytes (*weights fetched*, above); MLX's operations may read more. *of copy*: as a share\n"
     "of what a copy on that device moves. *ours is*: how many times as fast as this row this project is, in the\n"
-    "same run, the least and the most of its rounds in brackets; of an op from the least to the most of its shapes.\n"
+    "same run; of an op from the least to the most of its shapes. Beside another program each round is a process of\n"
+    "its own, warmed up, with no other model in memory. The ratio to quote is to its *fastest run*, of all rounds and\n"
+    "one before ours ever ran (*alone*), from the median of ours; then the median of the ratios within a round, the\n"
+    "least and the most in brackets, and how much longer it took in the rounds than alone. Fewer than 3 rounds, or\n"
+    "more than 5 % longer than alone, are *not firm* and have no ratio.\n"
     "*ours then*: how fast this project was in that run, where the table shows a later one of it. Every sample is\n"
     "in the file."
 )
@@ -237,10 +241,15 @@ def _compare(content: Mapping[str, Any]) -> Iterator[Row]:
         if content["model"].get("cache") == "8-bit" and "activations" in details:
             by += f", cache {details['activations']}"  # whose type mlx-lm's always is
         ratio = ""
-        if ratios := row["decode_ratios"]:
-            ratio = f"{median(ratios):.2f} x ({min(ratios):.2f}-{max(ratios):.2f})"
-            if row["prefill_ratios"]:
-                ratio += f", prompt {median(row['prefill_ratios']):.2f} x"
+        if row["not_firm"]:
+            ratio = f"not firm: {', '.join(row['not_firm'])}"
+        elif ratios := row["decode_ratios"]:
+            ratio = (
+                f"{row['decode_ratio_to_fastest']:.2f} x its fastest run, median {median(ratios):.2f} x "
+                f"({min(ratios):.2f}-{max(ratios):.2f}), against alone {row['against_alone']:+.1%}"
+            )
+            if row["prefill_ratio_to_fastest"]:
+                ratio += f", prompt {row['prefill_ratio_to_fastest']:.2f} x its fastest"
         yield Row(_model(content), row["depth"], by, _speed(row), _prompt(row), "", ratio)
 
 

@@ -9,17 +9,20 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import mlx.core as mx
 from rich.filesize import decimal
 
 from bench import script, synthetic
 from bench.conditions import has_kernels
+from glm_mlx import weights
+from glm_mlx.cache import KvBits
 from glm_mlx.config import Config
 from glm_mlx.errors import InputError
 from glm_mlx.gguf import GGUFFile
 from glm_mlx.hub import resolve
-from glm_mlx.load import load_model
+from glm_mlx.load import open_model
 from glm_mlx.memory import available_memory
-from glm_mlx.model import Model
+from glm_mlx.model import Model, activation_dtype
 from glm_mlx.small import SMALL_MODEL
 from kernels import launcher
 from kernels.planes import Weight
@@ -120,23 +123,47 @@ def usable_depths(
     return depths, [f"not measured: {left_out}"]
 
 
-def open_subject(args: argparse.Namespace) -> Subject:
+@dataclass(frozen=True)
+class Source:
+    """What a model is made of, before one is made. Fields as in `Subject`; dtype: of its activations."""
+
+    name: str
+    mix: str
+    header_sha256: str | None
+    config: Config
+    weights: dict[str, Weight]
+    dtype: mx.Dtype
+    kv_bits: KvBits
+    room: int
+
+
+def open_source(args: argparse.Namespace) -> Source:
     """Raises InputError for what can't be opened or does not fit."""
     room = available_memory()
     layers = args.layers or args.synthetic
     if layers and args.model is None:
         with script.NOTES.status("making weights"):
-            made = synthetic.make_model(synthetic.config(layers), args.mix, kv_bits=args.kv_bits)
-        name, mix, header = made.config.name, args.mix, None
-        config, weights, model = made.config, made.weights, made.model
+            config, dtype = synthetic.config(layers), activation_dtype()
+            made = synthetic.make_weights(config, synthetic.MIXES[args.mix])
+        name, mix, header = config.name, args.mix, None
     elif layers:
         raise InputError("--layers takes layers of a synthetic model, not of --model; leave one out")
     else:
-        loaded = load_model(SMALL_MODEL if args.model is None else resolve(args.model), kv_bits=args.kv_bits)
-        name, header = loaded.gguf.path.name, header_hash(loaded.gguf)
-        mix = ", ".join(f"{n} {kind}" for kind, n in loaded.quant_mix.items())
-        config, weights, model = loaded.config, loaded.weights, loaded.model
-    return Subject(name, mix, header, config, weights, model, room - sum(w.nbytes for w in weights.values()))
+        opened = open_model(SMALL_MODEL if args.model is None else resolve(args.model), kv_bits=args.kv_bits)
+        opened.memory.check(shown(opened.gguf.path))
+        with script.NOTES.status(f"loading {shown(opened.gguf.path.name)}"):
+            made = weights.load(opened.gguf, opened.config, opened.tensors)
+        name, header, config, dtype = opened.gguf.path.name, header_hash(opened.gguf), opened.config, opened.dtype
+        mix = ", ".join(f"{n} {kind}" for kind, n in weights.quant_mix(opened.tensors).items())
+    left = room - sum(weight.nbytes for weight in made.values())
+    return Source(name, mix, header, config, made, dtype, args.kv_bits, left)
+
+
+def open_subject(args: argparse.Namespace) -> Subject:
+    """Raises InputError for what can't be opened or does not fit."""
+    found = open_source(args)
+    model = Model(found.config, found.weights, found.dtype, found.kv_bits)
+    return Subject(found.name, found.mix, found.header_sha256, found.config, found.weights, model, found.room)
 
 
 def header_hash(gguf: GGUFFile) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from bench import block, compare, conditions, decode, frame, gpu_time, op_timing, ops_speed, script, trace
+from bench import block, compare, conditions, contest, decode, frame, gpu_time, op_timing, ops_speed, script, trace
 from bench.frame import Frame
 
 COPY = {"gb_s": 2.0, "bytes": 1, "seconds": {}, "by": "nothing"}
@@ -18,7 +18,7 @@ SHORT = ["--count", "1", "--rounds", "2"]
     ("module", "timed", "arguments"),
     [
         (decode, (decode, "measure"), ["--depths", "0,20", *SHORT]),
-        (compare, (decode, "measure"), ["--depths", "0,20", "--peers", "llama.cpp", *SHORT]),
+        (compare, (contest, "child"), ["--depths", "0,20", "--peers", "llama.cpp", *SHORT]),
         (block, (block, "measure"), ["--depths", "20,30", *SHORT]),
         (ops_speed, (op_timing.Timer, "sample"), ["--op", "router,heads", "--rounds", "1"]),
         (trace, (trace, "decode"), ["--depth", "20", "--count", "1"]),
