@@ -6,7 +6,6 @@ The weights are random blocks of the asked type, so every quant, scale and minim
 scales are set so that activations stay near 1. The text that such a model writes means nothing.
 """
 
-import argparse
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,7 +18,9 @@ import numpy.typing as npt
 from gguf import GGUFWriter
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
+from glm_mlx.command import Parser, run, whole
 from glm_mlx.errors import InputError
+from glm_mlx.gguf import shown
 from glm_mlx.tiny_vocab import tiny_vocabulary
 
 Layout = Literal["split", "flat", "kv_b"]
@@ -286,9 +287,9 @@ def _add(writer: GGUFWriter, keys: Mapping[str, object]) -> None:
 
 def main() -> int:
     types = sorted([*_SPREAD, "F16", "BF16", "F32"])
-    parser = argparse.ArgumentParser(prog="python -m glm_mlx.make_tiny", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m glm_mlx.make_tiny", description=__doc__.splitlines()[0])
     parser.add_argument("path", help="the file to write")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=whole(0), default=0, metavar="N", help="of the weights (default 0)")
     parser.add_argument(
         "--full-width", action="store_true", help="GLM-4.7-Flash's real widths, one dense and one MoE layer"
     )
@@ -314,11 +315,10 @@ def main() -> int:
     )
     try:
         make_tiny(args.path, spec)
-    except (OSError, InputError) as error:
-        print(f"error: cannot write {args.path}: {error}", file=sys.stderr)
-        return 2
+    except OSError as error:
+        raise InputError(f"cannot write {shown(args.path)}: {error.strerror}; name another file") from None
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

@@ -20,7 +20,7 @@ from rich.progress import track
 from rich.table import Table
 
 from glm_mlx.chat import ChatTemplate, ReasoningSplitter, encode_chat
-from glm_mlx.command import Parser, run
+from glm_mlx.command import Parser, run, whole
 from glm_mlx.engine import Engine
 from glm_mlx.gguf import GGUFFile
 from glm_mlx.load import Loaded, load_model
@@ -190,8 +190,8 @@ def main() -> int:
     parser = Parser(prog="python -m glm_mlx.small.evaluate", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", type=Path, default=SMALL_MODEL, metavar="FILE", help="default: the shipped one")
     parser.add_argument("--unquantised", type=Path, metavar="FILE", help="the same in F32, to compare perplexity")
-    parser.add_argument("--count", type=int, default=100, metavar="N", help="cases of each exam (default 100)")
-    parser.add_argument("--workers", type=int, default=2, metavar="N", help="processes (default 2)")
+    parser.add_argument("--count", type=whole(1), default=100, metavar="N", help="cases of each exam (default 100)")
+    parser.add_argument("--workers", type=whole(1), default=2, metavar="N", help="processes (default 2)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
     parser.add_argument("--show", action="store_true", help="print every wrong answer")
     args = parser.parse_args()

@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from glm_mlx.chat import GLM_TEMPLATE, ChatTemplate
-from glm_mlx.command import Parser, run
+from glm_mlx.command import Parser, run, whole
 from glm_mlx.errors import InputError
 from glm_mlx.make_tiny import TinySpec
 from glm_mlx.small.corpus import conversations, encode
@@ -289,11 +289,11 @@ def train(recipe: Recipe, out: Path, workers: int, checkpoint_every: int = 500) 
 def main() -> int:
     parser = Parser(prog="python -m glm_mlx.small.train", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for checkpoints and the log")
-    parser.add_argument("--steps", type=int, default=Recipe.steps, help=f"default {Recipe.steps}")
-    parser.add_argument("--rows", type=int, default=Recipe.rows, help="rows of 512 tokens in a batch")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights and the text (default 0)")
+    parser.add_argument("--steps", type=whole(1), default=Recipe.steps, help=f"default {Recipe.steps}")
+    parser.add_argument("--rows", type=whole(1), default=Recipe.rows, help="rows of 512 tokens in a batch")
+    parser.add_argument("--seed", type=whole(0), default=0, help="of the weights and the text (default 0)")
     parser.add_argument(
-        "--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2), help="processes that make text"
+        "--workers", type=whole(0), default=max(1, (os.cpu_count() or 2) - 2), help="processes that make text"
     )
     args = parser.parse_args()
     try:
