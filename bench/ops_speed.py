@@ -17,6 +17,9 @@ from typing import Any
 
 if __name__ == "__main__":  # the repository instead of this folder, whose names would hide others
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from glm_mlx.signals import quiet_start
+
+    quiet_start()
 
 import mlx.core as mx
 from rich.table import Table

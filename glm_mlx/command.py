@@ -7,6 +7,7 @@ Exit codes: 0 done, also where the reader of a pipe has enough; 2 something that
 import argparse
 import io
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
@@ -16,25 +17,32 @@ from glm_mlx.errors import InputError, is_out_of_memory
 from glm_mlx.signals import Stopped, answered
 from kernels.shown import shown
 
+LONGEST_SHOWN = 100  # characters of an argument in a complaint
+
 
 class Parser(argparse.ArgumentParser):
-    """Complains in one line."""
+    """Complains in one line, in which a long argument stands shortened."""
 
     def error(self, message: str) -> NoReturn:
+        message = re.sub(rf"\S{{{LONGEST_SHOWN + 1},}}", lambda found: f"{found[0][:LONGEST_SHOWN]}...", message)
         print(f"error: {shown(message)}; see -h", file=sys.stderr)
         sys.exit(2)
 
+    def print_help(self, file: Any = None) -> None:
+        """Print it, or raise OSError, which argparse would hide."""
+        print(self.format_help(), end="", flush=True, file=file)
 
-def whole(least: int, most: int = (1 << 63) - 1) -> Callable[[str], int]:
-    """An argument that must be a whole number from `least` to `most`."""
+
+def whole(least: int) -> Callable[[str], int]:
+    """An argument that must be a whole number from `least`."""
 
     def parse(text: str) -> int:
         try:
             number = int(text)
-        except ValueError:  # also for thousands of digits
+        except ValueError:  # no number, or one of more digits than Python reads
             number = least - 1
-        if not least <= number <= most:
-            raise argparse.ArgumentTypeError(f"{shown(text, 40)!r} is not a whole number from {least:,} to {most:,}")
+        if number < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least}")
         return number
 
     return parse
@@ -89,11 +97,6 @@ def _outcome(work: Callable[[], int]) -> int:
 def _named_errors(work: Callable[[], int]) -> int:
     try:
         return work()
-    except Stopped:
-        raise
-    except SystemExit:  # of the parser: its help may still be in the buffer
-        sys.stdout.flush()
-        raise
     except InputError as error:
         return _error(str(error))
     except ImportError as error:  # mlx itself installs on Linux without anything to run on
@@ -155,8 +158,8 @@ def _open_streams() -> Iterator[None]:
         yield
         return
     # Past the buffer, which would try again at exit what could not be written.
-    raw = _Lossy(getattr(sys.stderr.buffer, "raw", sys.stderr.buffer))
-    lossy = io.TextIOWrapper(io.BufferedWriter(raw), sys.stderr.encoding, "replace", line_buffering=True)
+    raw: Any = getattr(sys.stderr.buffer, "raw", sys.stderr.buffer)
+    lossy = io.TextIOWrapper(io.BufferedWriter(_Lossy(raw)), sys.stderr.encoding, "replace", line_buffering=True)
     with redirect_stderr(lossy):
         try:
             yield

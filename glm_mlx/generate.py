@@ -20,7 +20,7 @@ examples:
   python -m glm_mlx.generate --model model.gguf --benchmark 30 --no-think
 
 The answer goes to standard output; the model's reasoning, progress, figures and errors go to standard error.
-Exit codes: 0 done, 2 something you gave cannot be used, 130 stopped with Ctrl-C.
+Exit codes: 0 done, 2 something you gave cannot be used, 130 stopped with Ctrl-C, 129 and 143 by SIGHUP and SIGTERM.
 """
 
 

@@ -21,6 +21,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from glm_mlx.command import Parser, run, whole
 from glm_mlx.errors import InputError
 from glm_mlx.tiny_vocab import tiny_vocabulary
+from kernels.shown import shown
 
 Layout = Literal["split", "flat", "kv_b"]
 Array: TypeAlias = npt.NDArray[np.generic]
@@ -288,7 +289,7 @@ def main(argv: list[str] | None = None) -> int:
     types = sorted([*_SPREAD, "F16", "BF16", "F32"])
     parser = Parser(prog="python -m glm_mlx.make_tiny", description=__doc__.splitlines()[0])
     parser.add_argument("path", help="the file to write")
-    parser.add_argument("--seed", type=whole(0), default=0)
+    parser.add_argument("--seed", type=whole(0), default=0, metavar="N", help="of the weights (default 0)")
     parser.add_argument(
         "--full-width", action="store_true", help="GLM-4.7-Flash's real widths, one dense and one MoE layer"
     )
@@ -315,7 +316,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         make_tiny(args.path, spec)
     except OSError as error:
-        raise InputError(f"cannot write {args.path}: {error.strerror}; check the path and the disk") from None
+        raise InputError(f"cannot write {shown(args.path)}: {error.strerror}; name another file") from None
     return 0
 
 

@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import os
 import sys
 import threading
 import time
@@ -280,6 +281,10 @@ def _chat(talk: _Talk) -> int:
     STDERR.print(CHAT_HELP, style="dim")
     conversation = talk.conversation
     asks = sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
+    if not asks and sys.stdin is not None and not os.get_blocking(sys.stdin.fileno()):
+        raise InputError(
+            "standard input is non-blocking, so the end of a turn can't be waited for; use a pipe or a file"
+        )
     while True:
         try:
             text = input("> " if asks else "")

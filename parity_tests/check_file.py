@@ -6,60 +6,73 @@ Every chosen layer is fed the reference's own input. Both sides hold one layer a
 32 GB machine; the reference computes every layer up to the last chosen one.
 """
 
+import argparse
+import reprlib
 from pathlib import Path
-
-import numpy as np
-from rich.table import Table
+from typing import TYPE_CHECKING
 
 from glm_mlx.command import Parser, run, whole
-from glm_mlx.config import Config
-from glm_mlx.console import Console
 from glm_mlx.errors import InputError
-from glm_mlx.gguf import GGUFFile
-from glm_mlx.model import activation_dtype
-from kernels.shown import shown
-from parity_tests.budgets import BUDGETS
-from parity_tests.compare import TapError, compare_layers
+from glm_mlx.signals import importing
+
+if TYPE_CHECKING:
+    from parity_tests.compare import TapError
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0 if every error is within its budget, 1 if not, 2 if something given cannot be used."""
+    return run(lambda: _report(_compare(_parser().parse_args(argv))))
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="python -m reference", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", "-m", required=True, metavar="FILE", help="a .gguf file")
     parser.add_argument("--layers", metavar="I,J,...", help="numbers of layers (default: all)")
     parser.add_argument("--tokens", type=whole(1), default=16, metavar="N", help="of the random text (default 16)")
     parser.add_argument("--seed", type=whole(0), default=0, metavar="N", help="of the random text (default 0)")
-
-    def work() -> int:
-        args = parser.parse_args(argv)
-        return _report(_compare(Path(args.model), args.layers, args.tokens, args.seed))
-
-    return run(work)
+    return parser
 
 
-def _compare(path: Path, layers: str | None, count: int, seed: int) -> list[TapError]:
+def _compare(args: argparse.Namespace) -> list["TapError"]:
+    with importing():
+        import numpy as np
+
+        from glm_mlx import weights
+        from glm_mlx.config import Config
+        from glm_mlx.console import Console
+        from glm_mlx.gguf import GGUFFile
+        from glm_mlx.model import activation_dtype
+        from parity_tests.compare import compare_layers
+    path = Path(args.model)
     gguf = GGUFFile(path)
     cfg = Config.from_metadata(gguf.metadata, gguf.tensors)
-    if count > cfg.context_length:
-        raise InputError(f"tokens is {count:,}; the model's context is {cfg.context_length:,}, give fewer")
-    chosen = None if layers is None else [_layer(text, cfg.num_layers) for text in layers.split(",")]
-    tokens = np.random.default_rng(seed).integers(0, cfg.vocab_size, count).tolist()
+    weights.plan(gguf, cfg)  # the reference does not say what a file lacks
+    if args.tokens > cfg.context_length:
+        raise InputError(
+            f"tokens is {args.tokens}; it must be 1 to {cfg.context_length:,}, which the model was made for"
+        )
+    chosen = None if args.layers is None else [_layer(text, cfg.num_layers) for text in args.layers.split(",")]
+    tokens = np.random.default_rng(args.seed).integers(0, cfg.vocab_size, args.tokens).tolist()
     with Console(stderr=True).status("computing the reference"):
-        try:
-            return list(compare_layers(path, tokens, chosen, activation_dtype()))
-        except KeyError as error:  # of the reference, which falls back on nothing
-            raise InputError(f"the reference needs {error.args[0]}, not in {path}; give a file that has it") from None
-        except ValueError as error:
-            raise InputError(f"the reference cannot use {path}: {error}; give another file") from None
+        return list(compare_layers(path, tokens, chosen, activation_dtype()))
 
 
 def _layer(text: str, count: int) -> int:
-    if not text.isdecimal() or len(text) > 9 or int(text) >= count:
-        raise InputError(f"{shown(text, 40)!r} in --layers is no layer of this model; its layers are 0 to {count - 1}")
-    return int(text)
+    """The number of a layer; `count` is how many there are."""
+    try:
+        return range(count)[whole(0)(text)]
+    except (argparse.ArgumentTypeError, IndexError):
+        raise InputError(
+            f"{reprlib.repr(text)} in --layers is no layer of this model; its layers are 0 to {count - 1}"
+        ) from None
 
 
-def _report(taps: list[TapError]) -> int:
+def _report(taps: list["TapError"]) -> int:
+    from rich.table import Table
+
+    from glm_mlx.console import Console
+    from parity_tests.budgets import BUDGETS
+
     table = Table(
         "value", "error", "budget", "verdict", title="product against reference: max |difference| / max |value|"
     )

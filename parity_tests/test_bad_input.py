@@ -23,7 +23,7 @@ import mlx.core as mx
 import pytest
 from gguf.constants import GGMLQuantizationType
 
-from glm_mlx import gguf, memory, weights
+from glm_mlx import command, gguf, make_tiny, memory, weights
 from glm_mlx.config import Config
 from glm_mlx.engine import PREFILL_CHUNK, Engine
 from glm_mlx.errors import InputError
@@ -35,6 +35,7 @@ from glm_mlx.model import Model
 from glm_mlx.sampling import SamplingParams
 from glm_mlx.tokenizer import Tokenizer
 from kernels.planes import QUANT_TYPES
+from parity_tests import check_file
 from parity_tests.fuzz import (
     ARRAY,
     BOOL,
@@ -1089,9 +1090,8 @@ def test_the_command_says_one_line_and_exits_with_2(case: str, good: Make, tmp_p
     make, said = COMMANDS[case]
     path = make(tmp_path, good("GLM"))
     before = sorted(tmp_path.iterdir())
-    command = [sys.executable, "-m", "glm_mlx.generate", "--model", str(path), "-p", "hi"]
     done = subprocess.run(
-        command,
+        [sys.executable, "-m", "glm_mlx.generate", "--model", str(path), "-p", "hi"],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
         stdin=subprocess.DEVNULL,
@@ -1105,3 +1105,79 @@ def test_the_command_says_one_line_and_exits_with_2(case: str, good: Make, tmp_p
     assert len(line.splitlines()) == 1
     assert all(part in line for part in said.split(".*"))
     assert sorted(tmp_path.iterdir()) == before
+
+
+def one_error(capfd: pytest.CaptureFixture[str]) -> str:
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert len(err.splitlines()) == 1, err
+    assert err.startswith("error: ")
+    assert "; " in err
+    assert len(err) < 300
+    return err
+
+
+@pytest.mark.parametrize(
+    ("option", "text", "says"),
+    [
+        ("--seed", "-1", "--seed: '-1' is not a whole number from 0"),
+        ("--tokens", "0", "--tokens: '0' is not a whole number from 1"),
+        ("--tokens", "1e15", "'1e15'"),
+        ("--tokens", str(10**15), "tokens is 1000000000000000; it must be 1 to "),
+        ("--tokens", "9" * 5000, "'999"),
+        ("--layers", "9" * 5000, "its layers are 0 to "),
+        ("--layers", "0,-1", "'-1' in --layers"),
+        ("--layers", "0,", "'' in --layers"),
+    ],
+    ids=lambda text: text[:12],
+)
+def test_the_comparison_with_the_reference_refuses_what_cannot_be(
+    option: str, text: str, says: str, good: Make, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    file = good("GLM").with_zeros().write(tmp_path / "file.gguf")
+    try:
+        code = check_file.main(["--model", str(file), f"{option}={text}"])
+    except SystemExit as left:
+        code = left.code
+    assert code == 2
+    assert says in one_error(capfd)
+
+
+def test_a_tensor_that_the_reference_would_miss_is_named(
+    good: Make, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    file = good("GLM")
+    gone = file.tensor("token_embd.weight")  # which the reference reads before the product
+    file.tensors.remove(gone)
+    path = file.with_zeros().write(tmp_path / "file.gguf")
+    assert check_file.main(["--model", str(path)]) == 2
+    assert f"has no tensor {gone.name}" in one_error(capfd)
+
+
+def test_the_reference_has_the_defaults_that_the_product_has(good: Make, tmp_path: Path) -> None:
+    """Of keys that llama.cpp does not ask for either; the absorbed sizes count only where the true ones are missing."""
+    file = good("GLM").put(KEY + "attention.key_length", None).put(KEY + "attention.value_length", None)
+    path = file.put(KEY + "rope.freq_base", None).with_zeros().write(tmp_path / "file.gguf")
+    theirs, gguf = read_config(GgufFile(path)), GGUFFile(path)
+    ours = Config.from_metadata(gguf.metadata, gguf.tensors)
+    assert theirs.rope_theta == ours.rope_theta == 10_000
+    assert (theirs.qk_head_dim, theirs.v_head_dim) == (ours.qk_head_dim, ours.v_head_dim)
+
+
+@pytest.mark.parametrize("arguments", [["--seed", "-1"], ["--seed", "9" * 5000], ["--type", "Q9"], ["--override", "x"]])
+def test_a_tiny_model_that_cannot_be_made_is_one_line(
+    arguments: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["make_tiny", str(tmp_path / "x.gguf"), *arguments])
+    with pytest.raises(SystemExit, match="2"):
+        command.run(make_tiny.main)
+    one_error(capfd)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_tiny_model_that_cannot_be_written_is_one_line(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["make_tiny", "/nonexistent/x.gguf"])
+    assert command.run(make_tiny.main) == 2
+    assert "cannot write /nonexistent/x.gguf: No such file" in one_error(capfd)

@@ -7,6 +7,7 @@ import pytest
 from glm_mlx.batch import Batch
 from glm_mlx.cache import STEP, BatchCache, KvBits
 from glm_mlx.errors import InputError
+from glm_mlx.exclusive import InUseError
 from glm_mlx.load import load_model
 from glm_mlx.model import Model
 from kernels import wide
@@ -14,6 +15,7 @@ from kernels.rows import RowFormat
 from parity_tests.budgets import check
 from parity_tests.compare import to_numpy
 from parity_tests.conftest import MakeModel
+from parity_tests.test_engine import in_a_thread
 from parity_tests.test_layers import tokens
 from parity_tests.variants import VARIANTS
 
@@ -127,3 +129,10 @@ def test_many_sequences_are_read_by_chunks_that_matrix_units_take(model_file: Ma
     model = load_model(model_file(VARIANTS[GLM]), mx.float32).model
     assert [Batch(model, n).chunk for n in (1, 4, 8, 100)] == [512, 128, 64, 64]
     assert Batch(model, 4, chunk=8).chunk == 2
+
+
+def test_a_batch_belongs_to_the_thread_of_its_first_call(model_file: MakeModel) -> None:
+    batch = Batch(load_model(model_file(VARIANTS[GLM])).model, 1)
+    batch([[1, 2]])
+    assert isinstance(in_a_thread(lambda: batch([[3]])), InUseError)
+    assert batch.cache.offsets == [2]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from glm_mlx import cache as cache_module
-from glm_mlx.cache import STEP, LatentCache
+from glm_mlx.cache import STEP, BatchCache, LatentCache
 from glm_mlx.errors import InputError
 from kernels.rows import RowFormat
 from parity_tests.compare import memory_held
@@ -30,16 +30,6 @@ def append(cache: LatentCache, count: int) -> None:
 
 def numbered(cache: LatentCache, begin: int, end: int) -> mx.array:
     return mx.zeros((1, end - begin, cache.format.values)) + mx.arange(begin, end)[None, :, None]
-
-
-def test_trim_forgets_and_never_remembers() -> None:
-    cache = filled(10)
-    cache.trim(20)
-    assert cache.offset == 10
-    cache.trim(4)
-    assert cache.offset == 4
-    cache.trim(9)
-    assert cache.offset == 4
 
 
 def by_step(cache: LatentCache, count: int) -> None:
@@ -142,3 +132,16 @@ def test_a_full_cache_is_refused_and_stays_as_it_was(limit: int, row_format: Row
     by_update(cache, 2)
     assert cache.offset == 7
     assert_rows(cache)
+
+
+@pytest.mark.parametrize("offset", [0, 3, 5, 6, STEP])
+def test_to_trim_forgets_rows_and_never_invents_any(offset: int) -> None:
+    cache = filled(5)
+    cache.trim(offset)
+    assert cache.offset == min(5, offset)
+    batch = BatchCache(1, FLOATS, 2)
+    batch.advance(5)
+    batch.keep([5, 2])
+    batch.trim(offset)
+    assert batch.offsets == [min(5, offset), min(2, offset)]
+    assert batch.offset == min(5, offset)

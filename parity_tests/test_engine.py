@@ -47,48 +47,6 @@ def test_greedy_tokens_equal_a_run_without_cache_or_look_ahead(model: Model) -> 
     assert generate(Engine(model, chunk=4), prompt, 12) == greedy_by_hand(model, prompt, 12)
 
 
-def test_a_second_generator_waits_for_the_end_of_the_first(model: Model) -> None:
-    """Two in turns would write over each other's rows."""
-    engine = Engine(model)
-    first = engine.generate(tokens(9), GREEDY, 5)
-    next(first)
-    with pytest.raises(InUseError, match="the engine is in use"):
-        next(engine.generate(tokens(3), GREEDY, 5))
-    first.close()
-    assert generate(engine, tokens(3), 5) == greedy_by_hand(model, tokens(3), 5)
-
-
-def test_a_failed_prompt_leaves_the_engine_free(model: Model) -> None:
-    engine = Engine(model)
-    with pytest.raises(InputError, match="empty"):
-        generate(engine, [], 5)
-    assert len(generate(engine, tokens(3), 2)) == 2
-
-
-def test_an_engine_belongs_to_the_thread_of_its_first_answer(model: Model) -> None:
-    """Also where that has ended, and where an answer is handed from one thread to another."""
-    engine = Engine(model)
-    steps = engine.generate(tokens(9), GREEDY, 5)
-    next(steps)
-    errors = list[BaseException]()
-
-    def elsewhere(work: Callable[[], object]) -> None:
-        try:
-            work()
-        except BaseException as error:
-            errors.append(error)
-
-    for work in (lambda: generate(engine, tokens(3), 2), lambda: next(steps), lambda: generate(engine, tokens(3), 2)):
-        thread = threading.Thread(target=elsewhere, args=(work,), name="other")
-        thread.start()
-        thread.join()
-    assert [type(error) for error in errors] == [InUseError] * 3
-    assert "in use" in str(errors[0])
-    for error in errors[1:]:
-        assert "belongs to the thread MainThread, not to other" in str(error)
-    assert len(generate(engine, tokens(3), 2)) == 2
-
-
 def test_a_traced_step_gives_the_tokens_of_an_eager_one_while_the_cache_grows(model_file: MakeModel) -> None:
     """What a GPU traces once, here run without the tracing: it sees whole arrays and the position as an array."""
     long = load_whole(model_file(TinySpec(context_length=600)))
@@ -349,3 +307,76 @@ def test_figures_count_what_happened(model: Model) -> None:
     assert stats.peak_memory > 0
     assert [step.position for step in steps] == [10, 11, 12, 13, 14]
     assert all(step.logprob is not None and len(step.top_logprobs or []) == 2 for step in steps)
+
+
+def test_a_second_answer_of_one_engine_waits_for_the_end_of_the_first(model: Model) -> None:
+    """In turns the two would read and write each other's rows."""
+    engine, prompt = Engine(model), tokens(5)
+    first = engine.generate(prompt, GREEDY, 6)
+    got = [next(first).token, next(first).token]
+    with pytest.raises(InUseError, match="in use"):
+        next(engine.generate(tokens(4, seed=1), GREEDY, 6))
+    assert [*got, *(step.token for step in first)] == greedy_by_hand(model, prompt, 6), "the first is untouched"
+    for end in ("close", "drop"):
+        second = engine.generate(prompt, GREEDY, 6)
+        next(second)
+        if end == "close":
+            second.close()  # type: ignore[attr-defined]
+        del second
+        assert generate(engine, tokens(4, seed=1), 3) == greedy_by_hand(model, tokens(4, seed=1), 3)
+
+
+def test_a_prompt_that_is_refused_leaves_the_engine_free(model: Model) -> None:
+    engine = Engine(model)
+    with pytest.raises(InputError):
+        generate(engine, [], 1)
+    assert generate(engine, tokens(3), 1) == greedy_by_hand(model, tokens(3), 1)
+
+
+def in_a_thread(work: Callable[[], object]) -> object:
+    """What `work` returns or raises in another thread."""
+    outcome: list[object] = []
+
+    def caught() -> None:
+        try:
+            outcome.append(work())
+        except Exception as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=caught)
+    thread.start()
+    thread.join()
+    return outcome[0]
+
+
+def test_an_engine_belongs_to_the_thread_of_its_first_answer(model: Model) -> None:
+    """A second thread would meet the rows that the first is writing. One engine each is right for threads."""
+    engine, prompt = Engine(model), tokens(5)
+    assert in_a_thread(lambda: generate(engine, prompt, 4)) == greedy_by_hand(model, prompt, 4), "made here, used there"
+    with pytest.raises(InUseError, match="belongs to the thread"):
+        generate(engine, prompt, 4)
+    own = Engine(model)
+    steps = own.generate(prompt, GREEDY, 4)
+    next(steps)
+    assert isinstance(in_a_thread(lambda: next(steps)), InUseError), "an answer that is under way"
+    assert generate(own, prompt, 4) == greedy_by_hand(model, prompt, 4)
+
+
+def test_two_threads_at_once_get_one_answer_and_one_error(model: Model) -> None:
+    engine, prompt, together = Engine(model), tokens(5), threading.Barrier(2)
+    outcomes: list[object] = []
+
+    def work() -> None:
+        together.wait()
+        try:
+            outcomes.append(generate(engine, prompt, 20))
+        except InUseError as error:
+            outcomes.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(map(type, outcomes), key=str) == sorted((list, InUseError), key=str)
+    assert greedy_by_hand(model, prompt, 20) in outcomes

@@ -57,23 +57,25 @@ def read_config(file: GgufFile) -> Config:
     if arch.get("expert_group_count", 1) > 1:
         raise ValueError(f"expert_group_count is {arch['expert_group_count']}; the reference knows one group only")
 
+    n_layers = arch["block_count"] - arch.get("nextn_predict_layers", 0)
+    n_experts = arch.get("expert_count", 0)
     has_selection_bias = any(name.endswith(".exp_probs_b.bias") for name in file.names())
     return Config(
-        n_layers=arch["block_count"] - arch.get("nextn_predict_layers", 0),
+        n_layers=n_layers,
         hidden_size=arch["embedding_length"],
         n_heads=arch["attention.head_count"],
         q_lora_rank=arch.get("attention.q_lora_rank") or None,
         kv_lora_rank=arch["attention.kv_lora_rank"],
         # Beside *_mla keys, the plain ones hold the absorbed sizes (576, 512); alone, in old files, the true sizes.
-        qk_head_dim=arch.get("attention.key_length_mla", arch["attention.key_length"]),
+        qk_head_dim=arch.get("attention.key_length_mla") or arch["attention.key_length"],
         qk_rope_head_dim=arch["rope.dimension_count"],
-        v_head_dim=arch.get("attention.value_length_mla", arch["attention.value_length"]),
+        v_head_dim=arch.get("attention.value_length_mla") or arch["attention.value_length"],
         rms_norm_eps=arch["attention.layer_norm_rms_epsilon"],
-        rope_theta=arch["rope.freq_base"],
+        rope_theta=arch.get("rope.freq_base", 10000.0),
         yarn=read_yarn(arch),
-        first_k_dense_replace=arch.get("leading_dense_block_count", 0),
-        n_routed_experts=arch["expert_count"],
-        num_experts_per_tok=arch["expert_used_count"],
+        first_k_dense_replace=arch.get("leading_dense_block_count", 0) if n_experts else n_layers,
+        n_routed_experts=n_experts,
+        num_experts_per_tok=arch.get("expert_used_count", 0),
         n_shared_experts=arch.get("expert_shared_count", 0),
         scoring_func=SCORING_FUNCTIONS[arch.get("expert_gating_func") or (2 if has_selection_bias else 1)],
         norm_topk_prob=arch.get("expert_weights_norm", False),

@@ -293,7 +293,7 @@ def main() -> int:
     parser.add_argument("--rows", type=whole(1), default=Recipe.rows, help="rows of 512 tokens in a batch")
     parser.add_argument("--seed", type=whole(0), default=0, help="of the weights and the text (default 0)")
     parser.add_argument(
-        "--workers", type=whole(1), default=max(1, (os.cpu_count() or 2) - 2), help="processes that make text"
+        "--workers", type=whole(0), default=max(1, (os.cpu_count() or 2) - 2), help="processes that make text"
     )
     args = parser.parse_args()
     try:
