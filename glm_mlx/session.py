@@ -9,6 +9,7 @@ import threading
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
@@ -21,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Table
 from rich.text import Text
 
-from glm_mlx.chat import GLM_TEMPLATE, ChatTemplate, Part, ReasoningSplitter
+from glm_mlx.chat import Part, ReasoningSplitter
 from glm_mlx.conversation import Conversation
 from glm_mlx.engine import Engine, Step
 from glm_mlx.errors import InputError
@@ -32,6 +33,7 @@ from glm_mlx.model import decode_bytes
 from glm_mlx.sampling import SamplingParams
 from glm_mlx.self_test import leave_broken_kernels
 from glm_mlx.small import SMALL_MODEL
+from glm_mlx.template import ChatTemplate, file_template, read_template
 
 STDERR = Console(stderr=True, highlight=False, emoji=False)
 CHAT_HELP = "/reset forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C stops an answer"
@@ -51,6 +53,7 @@ def run(args: argparse.Namespace) -> int:
     """Raises InputError and KeyboardInterrupt, for `generate.main` to answer."""
     _check(args)
     prompt = None if args.chat else _prompt(args)
+    source = None if args.chat_template is None else read_template(args.chat_template)
     opened = open_model(_model_path(args), context=args.context, kv_bits=args.kv_bits)
     if args.verbose:
         STDERR.print(opened.memory.table())
@@ -58,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
         loaded = opened.load()
         for line in leave_broken_kernels(loaded.model):
             STDERR.print(line, markup=False, soft_wrap=True)
-        talk = _Talk(loaded, args, _sampling(args, loaded))
+        talk = _Talk(loaded, args, _sampling(args, loaded), source)
         if args.verbose:
             _describe(loaded, talk.params)
         if loaded.expanded_types:
@@ -70,13 +73,22 @@ def run(args: argparse.Namespace) -> int:
 class _Talk:
     """A loaded model, a conversation with it, and how its answers are printed."""
 
-    def __init__(self, loaded: Loaded, args: argparse.Namespace, params: SamplingParams):
+    def __init__(self, loaded: Loaded, args: argparse.Namespace, params: SamplingParams, template_source: str | None):
         self.loaded, self.args, self.params = loaded, args, params
+        self.template_source = template_source  # None: the file's own
         self.engine = Engine(loaded.model, context=loaded.memory.context)
-        source = loaded.gguf.metadata.get("tokenizer.chat_template", GLM_TEMPLATE)
-        template = ChatTemplate(source if isinstance(source, str) else GLM_TEMPLATE)
-        self.conversation = Conversation(
-            loaded.tokenizer, template, args.system, not args.no_think, keep_reasoning=not args.drop_reasoning
+
+    @cached_property
+    def conversation(self) -> Conversation:
+        """Made when it is asked for: `--raw` needs no template that works."""
+        loaded, args = self.loaded, self.args
+        source = file_template(loaded.gguf.metadata) if self.template_source is None else self.template_source
+        return Conversation(
+            loaded.tokenizer,
+            ChatTemplate(source),
+            args.system,
+            not args.no_think,
+            keep_reasoning=not args.drop_reasoning,
         )
 
     def encode_raw(self, text: str) -> list[int]:
@@ -192,6 +204,8 @@ def _check(args: argparse.Namespace) -> None:
     for option in ("system", "no_think"):
         if args.raw and getattr(args, option):
             raise InputError(f"--raw has no chat template to put --{option.replace('_', '-')} into; leave one out")
+    if args.raw and args.chat_template is not None:
+        raise InputError("--raw uses no chat template; leave out --raw or --chat-template")
     if args.logprobs is not None and not args.json:
         raise InputError("--logprobs needs --json; add it")
     _sampling(args, None)

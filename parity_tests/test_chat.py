@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from glm_mlx.chat import GLM_TEMPLATE, ChatTemplate, ReasoningSplitter, encode_chat
+from glm_mlx.chat import ReasoningSplitter, encode_chat
 from glm_mlx.errors import InputError
+from glm_mlx.template import GLM_TEMPLATE, ChatTemplate
 from glm_mlx.tiny_vocab import tiny_vocabulary
 from glm_mlx.tokenizer import BYTE_CHARS, Tokenizer
 

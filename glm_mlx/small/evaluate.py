@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from glm_mlx.chat import ChatTemplate, ReasoningSplitter, encode_chat
+from glm_mlx.chat import ReasoningSplitter, encode_chat
 from glm_mlx.command import Parser, run
 from glm_mlx.engine import Engine
 from glm_mlx.gguf import GGUFFile
@@ -32,6 +32,7 @@ from glm_mlx.small.exam import EXAMS, Case, exam, grade
 from glm_mlx.small.export import NAMES
 from glm_mlx.small.network import Params, forward
 from glm_mlx.small.train import SMALL, Batch, Recipe, make_batch
+from glm_mlx.template import ChatTemplate
 from kernels.planes import dequantize_ops
 
 SEED = 20_000_000  # of every exam: far from the seeds of training steps
