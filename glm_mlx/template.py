@@ -8,6 +8,7 @@ import datetime
 import json
 import reprlib
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -27,8 +28,9 @@ from glm_mlx.tokenizer import MAX_CHARS
 # GLM's chat format in our own words, for files that bring no template.
 GLM_TEMPLATE = Path(__file__).with_name("glm_chat_template.jinja").read_text("utf-8")
 
-# Compiling takes up to 15 us a character; published templates stay below 100,000.
+# Compiling takes up to 50 us a token. Published templates stay below 100,000 characters, of four a token and more.
 MAX_SOURCE = 200_000
+MAX_TOKENS = 30_000
 
 
 class ChatTemplate:
@@ -41,13 +43,16 @@ class ChatTemplate:
 
     def __init__(self, source: str) -> None:
         if len(source) > MAX_SOURCE:
-            raise InputError(
-                f"the chat template has {len(source):,} characters, over the limit of {MAX_SOURCE:,}; "
-                "give another one with --chat-template FILE"
-            )
+            raise _too_long(MAX_SOURCE, "characters")
         self.source = source
+        environment = _Environment()
         try:
-            self._template = _Environment().from_string(source)
+            tokens = (kind for _, kind, _ in environment.lex(source) if kind != "whitespace")
+            if next(islice(tokens, MAX_TOKENS, None), None) is not None:
+                raise _too_long(MAX_TOKENS, "tokens")
+            self._template = environment.from_string(source)
+        except InputError:
+            raise
         except Exception as error:  # the source is the file's, and anything may be in it
             raise _failed(error) from error
 
@@ -93,7 +98,8 @@ def file_template(metadata: Mapping[str, Any]) -> str:
     InputError for one that is no string, and for a file that has named templates and none for all uses.
     """
     source = metadata.get("tokenizer.chat_template")
-    named = sorted(key for key in metadata if key.startswith("tokenizer.chat_template."))
+    prefix = "tokenizer.chat_template."
+    named = sorted(key.removeprefix(prefix) for key in metadata if key.startswith(prefix))
     if isinstance(source, str):
         return source
     if source is not None:
@@ -103,7 +109,7 @@ def file_template(metadata: Mapping[str, Any]) -> str:
         )
     if named:
         raise InputError(
-            f"the file has no tokenizer.chat_template, only {reprlib.repr(named)}; "
+            f"the file has no tokenizer.chat_template, only templates named {reprlib.repr(named)}; "
             "save one of them to a file and give it with --chat-template FILE"
         )
     return GLM_TEMPLATE
@@ -112,9 +118,8 @@ def file_template(metadata: Mapping[str, Any]) -> str:
 def read_template(path: str | Path) -> str:
     """The source in a file. InputError if it cannot be read, is no UTF-8, or is too long."""
     try:
-        with open(path, "rb") as file:
-            data = file.read(4 * MAX_SOURCE + 1)  # a character has at most 4 bytes
-        source = data.decode("utf-8-sig")
+        with open(path, encoding="utf-8-sig") as file:
+            source = file.read(MAX_SOURCE + 1)
     except (OSError, ValueError) as error:
         reason = "it is no UTF-8" if isinstance(error, UnicodeError) else getattr(error, "strerror", None) or error
         raise InputError(f"cannot read the chat template {str(path)!r}: {reason}; give a text file") from error
@@ -216,6 +221,10 @@ def _raise_exception(message: str) -> NoReturn:
 
 def _strftime_now(form: str) -> str:
     return datetime.datetime.now().strftime(form)
+
+
+def _too_long(limit: int, units: str) -> InputError:
+    return InputError(f"the chat template has more than {limit:,} {units}; give another one with --chat-template FILE")
 
 
 def _failed(error: Exception) -> InputError:

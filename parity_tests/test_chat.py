@@ -1,8 +1,11 @@
 """Our chat template has GLM's format, typed text never becomes a control token, thought leaves the answer."""
 
 import random
+import signal
 import sys
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
 
 import pytest
 
@@ -57,6 +60,12 @@ FORMATS: list[tuple[str, list[dict[str, Any]], dict[str, Any], str]] = [
      "<|user|>a<|assistant|></think>b<|user|>c<|assistant|><think>"),
     ("an answer's margins are trimmed", [assistant("\n b \n")], {"thinking": False},
      "<|assistant|></think>b<|assistant|></think>"),
+    ("also where it ends like a token", [assistant("See [1].\n\n")], {"thinking": False},
+     "<|assistant|></think>See [1].<|assistant|></think>"),
+    ("and a thought's", [user("a"), assistant("b", reasoning_content="a < b \n")], {"add_generation_prompt": False},
+     "<|user|>a<|assistant|><think>a < b</think>b"),
+    ("a result in parts", [{"role": "tool", "content": [{"type": "text", "text": "1 < 2"}]}], {"thinking": False},
+     "<|observation|><tool_response>1 < 2</tool_response><|assistant|></think>"),
     ("calls after the last question", [user("a"), assistant(None, reasoning_content="why", tool_calls=[CALL] * 2)], {},
      "<|user|>a<|assistant|><think>why</think>"
      + 2 * ('<tool_call>look<arg_key>at</arg_key><arg_value>a b</arg_value><arg_key>n</arg_key><arg_value>2</arg_value>'
@@ -165,14 +174,16 @@ def test_thought_and_answer_of_history_come_apart() -> None:
 
 
 def test_noncharacters_in_messages_survive() -> None:
-    """The sentinel is one that nobody used; when all are used, the message says so."""
-    points = [chr(point) for point in range(0xFDD0, 0xFDF0)]
-    text = "".join(points[:-1]) + "<|user|>"
+    """No character is ours alone."""
+    text = "".join(chr(point) for point in range(0xFDD0, 0xFDF0)) + "<|user|>"
     assert f"<|user|>{text}<|assistant|>" in chat([user(text)])
-    with pytest.raises(InputError, match="noncharacters"):
-        chat([user("".join(points))])
-    with pytest.raises(InputError, match="noncharacters"):
-        chat([user(text)], tools=[{"name": {points[-1]: 1}}])
+
+
+def test_typed_text_is_encoded_together_with_the_template_text_beside_it() -> None:
+    """As transformers would tokenise the rendered text: a border between typed and own text cuts no token."""
+    template = ChatTemplate("<|user|>He{{ messages[0].content }}d<|assistant|>")
+    ids = encode_chat(TOKENIZER, template, [user("llo worl")])
+    assert ids == TOKENIZER.encode("<|user|>Hello world<|assistant|>", special=True)
 
 
 def test_bytes_that_are_no_text_survive() -> None:
@@ -212,7 +223,7 @@ FAILING = {
 @pytest.mark.parametrize("source", FAILING.values(), ids=FAILING.keys())
 def test_a_failing_template_is_an_input_error(source: str) -> None:
     """One line, whatever the template does wrong, when it is parsed or when it runs."""
-    with pytest.raises(InputError, match="the file's chat template failed: ") as caught:
+    with pytest.raises(InputError, match="the chat template failed: ") as caught:
         encode_chat(TOKENIZER, ChatTemplate(source), [user("hi")])
     assert len(str(caught.value).splitlines()) == 1
     assert len(str(caught.value)) < 500
@@ -230,8 +241,48 @@ def test_template_features_that_files_use() -> None:
 def test_endless_output_is_cut_off() -> None:
     """A template that prints without end stops at the limit, and says so."""
     endless = "{% for i in range(99999) %}{% for j in range(99999) %}xxxxxxxxxxxxxxxxxxxx{% endfor %}{% endfor %}"
-    with pytest.raises(InputError, match="more than 4,000,000 characters"):
+    with time_limit(5), pytest.raises(InputError, match="more than 4,000,000 characters"):
         ChatTemplate(endless).render([])
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Fails instead of running on; for code that is Python between any two of its steps."""
+
+    def stop(*_: object) -> NoReturn:
+        pytest.fail(f"not done within {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+PARTS = [{"type": "text", "text": "a\n"}, {"text": "b"}, "c"]
+
+
+@pytest.mark.parametrize("role", ["system", "user", "assistant", "tool"])
+def test_the_text_parts_of_a_message_are_joined(role: str) -> None:
+    """For GLM's template, and for one that knows of no parts."""
+    plain = ChatTemplate("{{ messages[0].content }}")
+    assert TOKENIZER.decode(encode_chat(TOKENIZER, plain, [{"role": role, "content": PARTS}])) == "a\nbc"
+    assert chat([{"role": role, "content": PARTS}]) == chat([{"role": role, "content": "a\nbc"}])
+
+
+@pytest.mark.parametrize(("content", "says"), [
+    ([{"type": "image_url", "image_url": {"url": "x"}}], "message 0 has a part of type 'image_url'"),
+    ([{"type": "text"}], "message 0 has the content {'type': 'text'}"),
+    ([["a"]], r"message 0 has the content \['a'\]"),
+    (5, "message 0 has the content 5"),
+    ({"temperature": 5}, "message 0 has the content {'temperature': 5}"),
+])  # fmt: skip
+def test_content_that_is_no_text_is_refused_by_name(content: Any, says: str) -> None:
+    for role in ("user", "tool"):
+        with pytest.raises(InputError, match=says):
+            chat([{"role": role, "content": content}])
 
 
 @pytest.mark.parametrize("messages", [["hi"], [{}], [{"role": None}], [{"role": 5}], [None], [{"role": "pirate"}]])
