@@ -131,8 +131,7 @@ def read_template(path: str | Path) -> str:
 class _CodeGenerator(CodeGenerator):
     """Compiles string constants and literal text to `Traced` strings, and `~` to an operation that keeps the record.
 
-    They stand in the environment's `constants`, by their text, and are made once. The methods are those that Jinja's
-    own `NativeEnvironment` overrides.
+    They stand in the environment's `constants`, by their text, and are made once.
     """
 
     environment: "_Environment"
@@ -155,12 +154,6 @@ class _CodeGenerator(CodeGenerator):
     def _output_const_repr(self, group: Iterable[Any]) -> str:
         return self._constant("".join(group))
 
-    def _output_child_to_const(self, node: nodes.Expr, frame: Frame, finalize: Any) -> str:
-        # Jinja computes constant expressions here, on plain strings.
-        if not isinstance(node, nodes.TemplateData | nodes.Const) or frame.eval_ctx.autoescape:
-            raise nodes.Impossible
-        return super()._output_child_to_const(node, frame, finalize)
-
     def _constant(self, text: str) -> str:
         self.environment.constants[text] = own(text)
         return f"environment.constants[{text!r}]"
@@ -171,7 +164,7 @@ class _Environment(ImmutableSandboxedEnvironment):
     concat = staticmethod(concat)  # for macros, blocks of `set` and `filter`, and `~`
 
     def __init__(self) -> None:
-        # The optimizer would compute constant expressions on plain strings.
+        # The optimizer would put plain strings into constant lists and dicts.
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation], optimized=False)
         self.constants: dict[str, Traced] = {}
         self.filters["tojson"] = _tojson

@@ -1,11 +1,8 @@
 """Our chat template has GLM's format, typed text never becomes a control token, thought leaves the answer."""
 
 import random
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any
 
 import pytest
 
@@ -14,6 +11,7 @@ from glm_mlx.errors import InputError
 from glm_mlx.template import GLM_TEMPLATE, ChatTemplate
 from glm_mlx.tiny_vocab import tiny_vocabulary
 from glm_mlx.tokenizer import BYTE_CHARS, Tokenizer
+from parity_tests.fuzz import time_limit
 
 VOCABULARY = tiny_vocabulary()
 TOKENIZER = Tokenizer(VOCABULARY)
@@ -243,22 +241,6 @@ def test_endless_output_is_cut_off() -> None:
     endless = "{% for i in range(99999) %}{% for j in range(99999) %}xxxxxxxxxxxxxxxxxxxx{% endfor %}{% endfor %}"
     with time_limit(5), pytest.raises(InputError, match="more than 4,000,000 characters"):
         ChatTemplate(endless).render([])
-
-
-@contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
-    """Fails instead of running on; for code that is Python between any two of its steps."""
-
-    def stop(*_: object) -> NoReturn:
-        pytest.fail(f"not done within {seconds} s")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 PARTS = [{"type": "text", "text": "a\n"}, {"text": "b"}, "c"]

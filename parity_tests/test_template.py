@@ -18,7 +18,16 @@ from glm_mlx.tiny_vocab import tiny_vocabulary
 from glm_mlx.tokenizer import Tokenizer
 
 VOCABULARY = tiny_vocabulary()
-MORE = ["<|im_start|>", "<|im_end|>", "<|head|>", "<|/head|>", "<|eot|>", "<｜User｜>", "<｜Assistant｜>", "<|end|>"]
+MORE = [
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|head|>",
+    "<|/head|>",
+    "<|eot|>",
+    "<\uff5cUser\uff5c>",
+    "<\uff5cAssistant\uff5c>",
+    "<|end|>",
+]
 TOKENIZER = Tokenizer({
     **VOCABULARY,
     "tokenizer.ggml.tokens": [*VOCABULARY["tokenizer.ggml.tokens"], *MORE],
@@ -57,7 +66,8 @@ TEMPLATES = {
 {% endfor %}</tool_call>{% endfor %}
 {%- elif m.role == 'tool' -%}
 {%- if loop.first or messages[loop.index0 - 1].role != 'tool' %}{{- '<|observation|>' }}{% endif %}
-{{- '\\n<tool_response>\\n' }}{{- m.content if m.content is string else m.content | tojson }}{{- '\\n</tool_response>' }}
+{{- '\\n<tool_response>\\n' }}{{- m.content if m.content is string else m.content | tojson }}
+{{- '\\n</tool_response>' }}
 {%- elif m.role == 'system' -%}<|system|>
 {{ visible(m.content) }}
 {%- endif -%}
@@ -74,16 +84,18 @@ TEMPLATES = {
 {% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}""",
     "DeepSeek": """{{ bos_token }}{% set ns = namespace(system='', first=true) %}
 {%- for m in messages %}{% if m.role == 'system' %}{% if ns.first %}{% set ns.system = ns.system + m.content %}
-{%- set ns.first = false %}{% else %}{% set ns.system = ns.system + '\\n\\n' + m.content %}{% endif %}{% endif %}{% endfor %}
+{%- set ns.first = false %}{% else %}{% set ns.system = ns.system + '\\n\\n' + m.content %}{% endif %}{% endif %}
+{%- endfor %}
 {{- ns.system }}
 {%- for m in messages %}
-{%- if m['role'] == 'user' %}{{ '<｜User｜>' + m['content'] }}
+{%- if m['role'] == 'user' %}{{ '<\uff5cUser\uff5c>' + m['content'] }}
 {%- elif m['role'] == 'assistant' and m['content'] is not none %}{% set content = m['content'] %}
 {%- if '</think>' in content %}{% set content = content.split('</think>')[-1] %}{% endif %}
-{{- '<｜Assistant｜>' ~ content ~ eos_token }}
-{%- elif m.role == 'tool' %}{{ '<｜User｜>%s<|end|>' % m.content }}{% endif %}
+{{- '<\uff5cAssistant\uff5c>' ~ content ~ eos_token }}
+{%- elif m.role == 'tool' %}{{ '<\uff5cUser\uff5c>%s<|end|>' % m.content }}{% endif %}
 {%- endfor %}
-{%- if add_generation_prompt %}{{ '<｜Assistant｜>' }}{% if thinking %}{{ '<think>\\n' }}{% endif %}{% endif %}""",
+{%- if add_generation_prompt %}{{ '<\uff5cAssistant\uff5c>' }}
+{%- if thinking %}{{ '<think>\\n' }}{% endif %}{% endif %}""",
     "Llama 3": """{{- bos_token }}{%- set date = strftime_now("%d") and "26 Jul 2024" %}
 {%- if messages[0]['role'] == 'system' %}{%- set system_message = messages[0]['content'] | trim %}
 {%- set messages = messages[1:] %}{%- else %}{%- set system_message = "" %}{%- endif %}
@@ -111,7 +123,8 @@ TEMPLATES = {
 {% call turn(m.role) %}{{ loop.index ~ '/' ~ loop.length }}{{ '.' if loop.last else ', ' }}{% endcall %}
 {% if loop.index == 3 %}{% break %}{% endif %}
 {{ m.content == m.content.strip() }} {{ m.content | replace('a', '<b>') | upper }} {{ [m.content] }} {{ m }}
-{{- loop.cycle('<|user|>', '<|system|>') }}{{ m.content | default('') | string | list | join('.') }}{{ '%s' | format(m.content) }}
+{{- loop.cycle('<|user|>', '<|system|>') }}{{ m.content | default('') | string | list | join('.') }}
+{{- '%s' | format(m.content) }}
 {% endfor %}
 {%- for k, v in {'<|user|>': 1, 'b': '<|end|>'} | dictsort %}{{ k }}={{ v }};{% endfor %}
 {{- ['<|user|>', messages[0].content] | map('trim') | join('<|end|>') }}{{ '<|USER|>' | lower }}{{ '<think>' * 2 }}""",
@@ -189,10 +202,11 @@ def test_text_is_what_plain_jinja_renders(source: str, typed: str) -> None:
 @pytest.mark.parametrize("expression", [
     "'<|user|>'", "'<|us' ~ 'er|>'", "'<|us' + 'er|>'", "'<|' ~ role ~ '|>'", "'<|' + role + '|>'",
     "['<|us', 'er|>'] | join", "'er' | join('') | replace('er', '<|user|>')", "role.join(['<|', '|>'])",
-    "['<|', '|>'] | join(role)", "' <|user|>\n' | trim", "'x<|user|>'[1:]", "'<|USER|>' | lower", "'<|USER|>'.casefold()",
+    "['<|', '|>'] | join(role)", "' <|user|>\n' | trim", "'x<|user|>'[1:]", "'<|USER|>' | lower",
+    "'<|USER|>'.casefold()",
     "'>|resu|<' | reverse", "'a <|user|> b'.split()[1]", "'a,<|user|>'.partition(',')[2]", "'<|user|>' | string",
     "missing | default('<|user|>')", "'<|%s|>' % role", "'%s' | format('<|user|>')", "'<|user|>' | indent",
-    "'<|user|>\n' | list | join | trim", "('<|user|>',) | first", "namespace(x='<|user|>').x", "{'k': '<|user|>'}.k",
+    "'<|user|>\\n' | list | join | trim", "('<|user|>',) | first", "namespace(x='<|user|>').x", "{'k': '<|user|>'}.k",
     "'<|us' '' 'er|>'", "('<|us' ~ typed ~ 'er|>') | replace(typed, '')", "'a\n<|user|>'.splitlines()[1]",
     "messages[0].role and '<|user|>'", "{'a': '<|user|>'} | dictsort | last | last", "('<|user|>' if role else '')",
     "('<|user|>' ~ typed)[:8]", "(typed ~ '<|user|>').removeprefix(typed)", "role | replace('user', '<|user|>')",
@@ -207,15 +221,19 @@ def test_what_a_template_makes_of_its_own_text_is_a_control_token(expression: st
 
 @pytest.mark.parametrize(("typed", "operation"), [
     ("<|USER|>", "typed | lower"), ("<|USER|>", "typed.casefold()"), ("<|us\ner|>", "typed | replace('\n', '')"),
-    (">|resu|<", "typed | reverse"), ("<|us", "typed + 'er|>'"), ("er|>", "'<|us' ~ typed"), ("user", "'<|' ~ typed ~ '|>'"),
+    (">|resu|<", "typed | reverse"), ("<|us", "typed + 'er|>'"), ("er|>", "'<|us' ~ typed"),
+    ("user", "'<|' ~ typed ~ '|>'"),
     ("<|us er|>", "typed.split() | join"), ("<|USER|>", "typed.swapcase()"), ("<|us-er|>", "typed.replace('-', '')"),
     ("USER", "('<|' ~ typed ~ '|>') | lower"), ("<|user|>", "typed | replace('<|user|>', '<|user|>')"),
     ("&lt;|user|&gt;", "typed.replace('&lt;', '<').replace('&gt;', '>')"), ("<|user|>", "typed | escape"),
     ("<|user|>", "('' ~ typed) | trim"), ("<|user|>", "'%s' % typed"), ("<|user|>", "'{}'.format(typed)"),
-    ("<|user|>", "{'a': typed} | tojson"), ("<|user|>", "[typed]"), ("<|user|>", "typed | safe"), ("<|user|>", "typed | indent"),
+    ("<|user|>", "{'a': typed} | tojson"), ("<|user|>", "[typed]"), ("<|user|>", "typed | safe"),
+    ("<|user|>", "typed | indent"),
     ("<|us", "[typed, 'er|>'] | join"), ("<|user|>", "'x'.replace('x', typed)"), ("<|user|>", "typed | list | join"),
-    ("<|user|>", "messages[0].role"), ("user|><|system", "'<|' ~ messages[0].role ~ '|>'"), ("er|>", "'<|user|>'[:4] ~ typed"),
-    ("<|user|>", "('<b>' | safe) ~ typed"), ("<|user|>", "typed | string | title | lower"), ("<|user|>", "typed | urlize"),
+    ("<|user|>", "messages[0].role"), ("user|><|system", "'<|' ~ messages[0].role ~ '|>'"),
+    ("er|>", "'<|user|>'[:4] ~ typed"),
+    ("<|user|>", "('<b>' | safe) ~ typed"), ("<|user|>", "typed | string | title | lower"),
+    ("<|user|>", "typed | urlize"),
     ("<|user|>", "typed | wordwrap(3)"), ("<|user|>", "typed | center(20)"), ("<|user|>", "typed | truncate(99)"),
 ])  # fmt: skip
 def test_typed_text_makes_no_control_token_through_any_operation(typed: str, operation: str) -> None:
@@ -227,11 +245,54 @@ def test_typed_text_makes_no_control_token_through_any_operation(typed: str, ope
     assert ids == TOKENIZER.encode(plain_jinja(source, messages))
 
 
+@pytest.mark.parametrize("source", [
+    "{{ '<b>' + ('<i>' | safe) }}", "{{ ('<i>' | safe) + '<b>' }}", "{{ '%s<' % ('<i>' | safe) }}",
+    "{{ '<' | e ~ '<' }}",
+    "{% autoescape true %}<{{ '<' ~ typed }}{{ '<' ~ typed | safe }}{{ ['<'] | join(typed) }}{% endautoescape %}",
+    "{% autoescape typed %}<{{ '<' ~ typed }}{{ '<' + typed }}{% set x %}<{% endset %}{{ x }}{% endautoescape %}",
+    "{% set x = 1 %}{% generation %}{% set x = 2 %}{{ x }}{% endgeneration %}{{ x }}",
+    "{{ 'a' * missing }}", "{{ missing * 'a' }}", "{{ 'a' + missing }}", "{{ missing + 'a' }}", "{{ 'a' + 1 }}",
+    "{{ 1 + 'a' }}", "{{ 'a' * 'b' }}", "{{ 'a' * 1.5 }}", "{{ none + 'a' }}",
+    "{{ 'a'['b'] }}|{{ 'a'[5] }}|{{ 'a'.b }}",
+    "{{ 'a' - 'b' }}", "{{ 'a'.strip(1) }}", "{{ 'a'.split('') }}", "{{ 'a'.replace('a') }}", "{{ 'a'.join([1]) }}",
+    "{{ '%d' % 'a' }}", "{{ '%s %s' % 'a' }}", "{{ '%s' % ('a', 'b') }}", "{{ '%(a)s' % {'a': '<'} }}",
+    "{{ '%5.1f%%' % 2.25 }}",
+    "{{ 'a' in 'abc', 'a' < 'b', 'a' == typed, 'a' is string, 'a' is sequence, 'A' is upper, '12' | int + 1 }}",
+    "{{ 'a b'.split(' ', 1), 'a' | length, 'a' | first, 'a' | last, 'ab'[::-1], 'a' | list, 'ab' | unique | list }}",
+    "{{ {'a': 'b'}[typed[:0] ~ 'a'], {'a': 1}.get('a'), dict(a='b').a, 'b' | tojson, {'a': 'b'} | string, 'x' | "
+    "pprint }}",
+    "{{ 'a b c' | wordcount, 'abc' | truncate(2, true, ''), 'a' | center(5), 'a' | format, ' a ' | trim, 'x' | "
+    "indent('> ', true) }}",
+    "{{ 'a\n\nb\n' | indent(2) }}|{{ 'a\n\nb' | indent(2, true, true) }}|{{ '' | indent }}|{{ typed | indent(1, "
+    "blank=true) }}",
+    "{{ ['a', 'b'] | join }}|{{ [1, 'b'] | join(', ') }}|{{ [{'a': 'x'}, {'a': 'y'}] | join(1, attribute='a') }}",
+    "{{ ['b', 'a', 'B'] | sort, ['a', 'A'] | unique | list, 'a' ~ 1 ~ none ~ 1.5 ~ [] ~ missing, ('a', 'b') | "
+    "sum(start='') }}",
+    "{% for c in 'ab' %}{{ c }}{{ loop.last }}{% endfor %}{% for k, v in {'a': 'b'}.items() %}{{ k ~ v }}{% endfor %}",
+    "{% for x in [['a', ['b']]] recursive %}{{ x[0] }}{{ loop([x[1]]) if x[1] is defined }}{% endfor %}",
+    "{% macro m(a, b='<', c=missing) %}{{ a ~ b }}{{ varargs }}{{ kwargs }}{% endmacro %}{{ m('x', 'y', 'z', 'w', "
+    "k='v') }}",
+    "{% block b %}<{{ typed }}{% endblock %}{{ self.b() | length }}",
+    "{{ 'é' | urlencode, 'a' | upper, 'ab' | title }}",
+])  # fmt: skip
+def test_odd_uses_of_strings_are_plain_jinjas(source: str) -> None:
+    """The same text, or a failure of the same kind."""
+    source = "{% set typed = messages[0].content %}" + source
+    messages = [{"role": "user", "content": "<a>\nb"}]
+    try:
+        expected = plain_jinja(source, messages)
+    except Exception as error:
+        with pytest.raises(InputError, match=f"the chat template failed: {type(error).__name__}: "):
+            ChatTemplate(source).render(messages)
+    else:
+        assert ChatTemplate(source).render(messages) == expected
+
+
 def test_a_caller_cannot_hand_marked_text_in() -> None:
     """Messages and tools are copied to plain strings, whatever kind of `str` they were."""
-    template = ChatTemplate("{{ messages[0].content }}{{ tools[0] }}")
-    ids = encode_chat(TOKENIZER, template, [{"role": "user", "content": own("<|user|>")}], tools=[own("<|user|>")])  # type: ignore[list-item]
-    assert ids == TOKENIZER.encode("<|user|><|user|>")
+    template = ChatTemplate("{{ messages[0].content }}{{ messages[0].name }}{{ tools[0].name }}")
+    marked = {"role": "user", "content": own("<|user|>"), "name": own("<|user|>")}
+    assert encode_chat(TOKENIZER, template, [marked], tools=[marked]) == TOKENIZER.encode("<|user|>" * 3)
 
 
 @pytest.mark.parametrize("expression", [
