@@ -101,6 +101,7 @@ def test_what_replaces_typed_text_counts_as_typed() -> None:
     mixed = own("a-b") + "-c-" + own("-")
     assert marked(mixed.replace("-", own("++"))) == "ooootttttoo"
     assert marked(own("a-b").replace("-", "typed")) == "ottttto"
+    assert marked((own("a") + "-").replace("a-", own("+"))) == "t"
     assert marked("a-b".replace("-", own("+"))) == "ttt"
     assert marked(own("ab").replace("", own("+"))) == "ttttt"
 

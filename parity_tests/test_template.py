@@ -1,6 +1,7 @@
 """Chat templates render as plain Jinja renders them, and what they wrote themselves is told from what was typed."""
 
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any, NoReturn
@@ -213,10 +214,10 @@ def test_text_is_what_plain_jinja_renders(source: str, typed: str) -> None:
 ])  # fmt: skip
 def test_what_a_template_makes_of_its_own_text_is_a_control_token(expression: str) -> None:
     """String constants, the tokenizer's names and the known roles, through what templates do with them."""
-    source = "{% set role = messages[0].role %}{% set typed = messages[0].content %}{{ " + expression + " }}"
-    assert encode_chat(TOKENIZER, ChatTemplate(source), [{"role": "user", "content": "zz"}]) == [
-        TOKENIZER.id("<|user|>")
-    ]
+    messages, output = [{"role": "user", "content": "zz"}], "{{ " + expression + " }}"
+    for form in (output, computed_late(output)):
+        template = ChatTemplate("{% set role = messages[0].role %}{% set typed = messages[0].content %}" + form)
+        assert encode_chat(TOKENIZER, template, messages) == [TOKENIZER.id("<|user|>")]
 
 
 @pytest.mark.parametrize(("typed", "operation"), [
@@ -277,15 +278,21 @@ def test_typed_text_makes_no_control_token_through_any_operation(typed: str, ope
 ])  # fmt: skip
 def test_odd_uses_of_strings_are_plain_jinjas(source: str) -> None:
     """The same text, or a failure of the same kind."""
-    source = "{% set typed = messages[0].content %}" + source
     messages = [{"role": "user", "content": "<a>\nb"}]
-    try:
-        expected = plain_jinja(source, messages)
-    except Exception as error:
-        with pytest.raises(InputError, match=f"the chat template failed: {type(error).__name__}: "):
-            ChatTemplate(source).render(messages)
-    else:
-        assert ChatTemplate(source).render(messages) == expected
+    for form in (source, computed_late(source)):
+        whole = "{% set typed = messages[0].content %}" + form
+        try:
+            expected = plain_jinja(whole, messages)
+        except Exception as error:
+            with pytest.raises(InputError, match=f"the chat template failed: {type(error).__name__}: "):
+                ChatTemplate(whole).render(messages)
+        else:
+            assert ChatTemplate(whole).render(messages) == expected
+
+
+def computed_late(source: str) -> str:
+    """The same with `{{ a }}` as `{% set made = a %}{{ made }}`: Jinja computes constants when it compiles `{{ }}`."""
+    return re.sub(r"{{ (.*?) }}(?!})", r"{% set made = \1 %}{{ made }}", source, flags=re.DOTALL)
 
 
 def test_a_caller_cannot_hand_marked_text_in() -> None:
