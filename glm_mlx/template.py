@@ -22,6 +22,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import pass_eval_context
 
 from glm_mlx.errors import InputError
+from glm_mlx.gguf import shown
 from glm_mlx.provenance import Traced, concat, own
 from glm_mlx.tokenizer import MAX_CHARS
 
@@ -122,9 +123,11 @@ def read_template(path: str | Path) -> str:
             source = file.read(MAX_SOURCE + 1)
     except (OSError, ValueError) as error:
         reason = "it is no UTF-8" if isinstance(error, UnicodeError) else getattr(error, "strerror", None) or error
-        raise InputError(f"cannot read the chat template {str(path)!r}: {reason}; give a text file") from error
+        raise InputError(f"cannot read the chat template '{shown(path)}': {reason}; give a text file") from error
     if len(source) > MAX_SOURCE:
-        raise InputError(f"the chat template {str(path)!r} has more than {MAX_SOURCE:,} characters; give a shorter one")
+        raise InputError(
+            f"the chat template '{shown(path)}' has more than {MAX_SOURCE:,} characters; give a shorter one"
+        )
     return source
 
 
