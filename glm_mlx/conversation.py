@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from glm_mlx.chat import ChatTemplate, encode_chat
+from glm_mlx.chat import encode_chat
+from glm_mlx.template import ChatTemplate
 from glm_mlx.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]

@@ -6,7 +6,6 @@ an early Ctrl-C are answered at once.
 
 import argparse
 import sys
-from pathlib import Path
 
 from glm_mlx.command import Parser, context, run
 from glm_mlx.signals import importing
@@ -46,9 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     text.add_argument("--chat", action="store_true", help="talk turn by turn; /reset forgets, Ctrl-C stops an answer")
     text.add_argument("--drop-reasoning", action="store_true", help="in --chat: forget the reasoning of earlier turns")
     text.add_argument("--no-think", action="store_true", help="answer without reasoning first")
-    text.add_argument(
-        "--chat-template", type=Path, metavar="FILE", help="a Jinja chat template instead of the model file's own"
-    )
+    text.add_argument("--chat-template", metavar="FILE", help="a Jinja chat template in place of the model file's own")
     text.add_argument("--raw", action="store_true", help="no chat template: the model continues PROMPT as it stands")
     text.add_argument(
         "--context",

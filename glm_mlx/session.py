@@ -21,7 +21,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Table
 from rich.text import Text
 
-from glm_mlx.chat import GLM_TEMPLATE, ChatTemplate, read_template
 from glm_mlx.console import Console
 from glm_mlx.conversation import Conversation
 from glm_mlx.engine import Engine, Step
@@ -33,6 +32,7 @@ from glm_mlx.output import OutputSplitter, Part
 from glm_mlx.sampling import SamplingParams
 from glm_mlx.self_test import leave_broken_kernels
 from glm_mlx.small import SMALL_MODEL
+from glm_mlx.template import ChatTemplate, file_template, read_template
 from kernels.shown import shown
 
 STDERR = Console(stderr=True, highlight=False, emoji=False)
@@ -202,9 +202,11 @@ def _check(args: argparse.Namespace) -> None:
             raise InputError(f"--chat and --{option} do not go together; leave one out")
     if args.chat and (args.text is not None or args.prompt is not None):
         raise InputError("--chat asks for its prompts itself; leave the prompt out")
-    for option in ("system", "no_think", "chat_template"):
+    for option in ("system", "no_think"):
         if args.raw and getattr(args, option):
             raise InputError(f"--raw has no chat template to put --{option.replace('_', '-')} into; leave one out")
+    if args.raw and args.chat_template is not None:
+        raise InputError("--raw uses no chat template; leave out --raw or --chat-template")
     if args.logprobs is not None and not args.json:
         raise InputError("--logprobs needs --json; add it")
     _sampling(args, None)
@@ -225,9 +227,8 @@ def _prompt(args: argparse.Namespace) -> str:
 
 
 def _template(args: argparse.Namespace, metadata: Mapping[str, Any]) -> ChatTemplate:
-    if args.chat_template is not None:
-        return read_template(args.chat_template)
-    return ChatTemplate(metadata.get("tokenizer.chat_template", GLM_TEMPLATE))
+    given = args.chat_template
+    return ChatTemplate(file_template(metadata) if given is None else read_template(given))
 
 
 def _standard_input() -> bytes:

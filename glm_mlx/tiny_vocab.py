@@ -8,7 +8,7 @@ from collections import Counter
 from itertools import pairwise
 from typing import Any
 
-from glm_mlx.chat import GLM_TEMPLATE
+from glm_mlx.template import GLM_TEMPLATE
 from glm_mlx.tokenizer import BYTE_CHARS
 
 MERGES = 300

@@ -8,11 +8,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from glm_mlx.chat import ChatTemplate, encode_chat
+from glm_mlx.chat import encode_chat
 from glm_mlx.engine import Engine
 from glm_mlx.load import Loaded, load_model
 from glm_mlx.sampling import SamplingParams
 from glm_mlx.small import SMALL_MODEL
+from glm_mlx.template import ChatTemplate
 
 GOLDEN = Path(__file__).with_name("golden_answers.json")
 GREEDY = SamplingParams(temperature=0)

@@ -1,21 +1,17 @@
 """Our chat template has GLM's format, typed text never becomes a control token."""
 
-import json
 import random
-import signal
 import sys
-import time
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import pytest
-from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from glm_mlx.chat import GLM_TEMPLATE, MAX_SOURCE, ChatTemplate, encode_chat, read_template
+from glm_mlx.chat import encode_chat
 from glm_mlx.errors import InputError
+from glm_mlx.template import GLM_TEMPLATE, ChatTemplate
 from glm_mlx.tiny_vocab import tiny_vocabulary
 from glm_mlx.tokenizer import BYTE_CHARS, Tokenizer
+from parity_tests.fuzz import time_limit
 
 VOCABULARY = tiny_vocabulary()
 TOKENIZER = Tokenizer(VOCABULARY)
@@ -62,6 +58,12 @@ FORMATS: list[tuple[str, list[dict[str, Any]], dict[str, Any], str]] = [
      "<|user|>a<|assistant|></think>b<|user|>c<|assistant|><think>"),
     ("an answer's margins are trimmed", [assistant("\n b \n")], {"thinking": False},
      "<|assistant|></think>b<|assistant|></think>"),
+    ("also where it ends like a token", [assistant("See [1].\n\n")], {"thinking": False},
+     "<|assistant|></think>See [1].<|assistant|></think>"),
+    ("and a thought's", [user("a"), assistant("b", reasoning_content="a < b \n")], {"add_generation_prompt": False},
+     "<|user|>a<|assistant|><think>a < b</think>b"),
+    ("a result in parts", [{"role": "tool", "content": [{"type": "text", "text": "1 < 2"}]}], {"thinking": False},
+     "<|observation|><tool_response>1 < 2</tool_response><|assistant|></think>"),
     ("calls after the last question", [user("a"), assistant(None, reasoning_content="why", tool_calls=[CALL] * 2)], {},
      "<|user|>a<|assistant|><think>why</think>"
      + 2 * ('<tool_call>look<arg_key>at</arg_key><arg_value>a b</arg_value><arg_key>n</arg_key><arg_value>2</arg_value>'
@@ -170,155 +172,16 @@ def test_thought_and_answer_of_history_come_apart() -> None:
 
 
 def test_noncharacters_in_messages_survive() -> None:
+    """No character is ours alone."""
     text = "".join(chr(point) for point in range(0xFDD0, 0xFDF0)) + "<|user|>"
     assert f"<|user|>{text}<|assistant|>" in chat([user(text)])
 
 
-# In the manner of published templates: roles within names, trimming, comparisons, blocks, macros, JSON, namespaces.
-IN_USE = {
-    "roles make names": "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|user|>' }}{% endfor %}",
-    "by tilde": "{% for m in messages %}{{ '<|' ~ m.role ~ '|>' ~ (m.content | trim) }}{% endfor %}",
-    "literal text": "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{{ eos_token }}\n{% endfor %}",
-    "set block": "{% set head %}<|user|>{% endset %}{% for m in messages %}{{ head }}{{ m.content }}{% endfor %}",
-    "macro": "{% macro turn(m) %}<|user|>{{ m.content.strip() }}{% endmacro %}"
-    "{% for m in messages %}{{ turn(m) }}{% endfor %}",
-    "call block": "{% macro turn() %}<|user|>{{ caller() }}{% endmacro %}"
-    "{% for m in messages %}{% call turn() %}{{ m.content }}<|assistant|>{% endcall %}{% endfor %}",
-    "filter block": "{% filter trim %} <|user|>{{ messages[0].content }} {% endfilter %}",
-    "joined": "{{ ['<|user|>', messages[0].content, '<|assistant|>'] | join('\n') }}",
-    "joined attributes": "{{ messages | map(attribute='content') | join('<|user|>') }}"
-    "{{ messages | join('<|user|>', attribute='content') }}",
-    "replaced": "{{ '<|user|>X<|assistant|>' | replace('X', messages[0].content) }}",
-    "a thought is cut off": "{% for m in messages %}{% if '</think>' in m.content %}"
-    "{% set c = m.content.split('</think>')[-1].lstrip('\\n') %}{% else %}{% set c = m.content %}{% endif %}"
-    "<|assistant|><think></think>{{ c }}{% endfor %}",
-    "comparisons": "{% for m in messages %}{% if m.content.endswith('!') or m.content == 'x' %}<|user|>{% endif %}"
-    "{{ m.content | length }}{{ m.content }}{{ m }}{% endfor %}",
-    "namespace": "{% set ns = namespace(last='') %}{% for m in messages %}{% set ns.last = '<|user|>' + m.content %}"
-    "{% endfor %}{{ ns.last }}",
-    "json": "{% for m in messages %}<|user|>{{ m | tojson(indent=2) }}{% endfor %}",
-    "conditional": "{{ '<|user|>' if messages else '' }}{{ messages[0].content if messages else '' }}",
-    "default": "{{ missing | default('<|user|>') }}{{ messages[0].content }}",
-    "upper and lower": "{{ '<|' + (messages[0].role | upper | lower) + '|>' }}{{ messages[0].content | upper }}",
-    "indented": "<|user|>{{ messages[0].content | indent(2, true) }}",
-    "markup": "<|user|>{{ messages[0].content | e }}{{ '<b>' | safe }}{{ 'a<' + ('<' | e) }}",
-    "formatted": "{{ '%s and %s' | format(messages[0].content, 'x') }}{{ '{} {}'.format('y', messages[0].content) }}",
-    "GLM's": GLM_TEMPLATE,
-}
-TEXTS = [" See [1].\n\n", "a < b \n", "hi!", "x", "<think>why</think>\n\nb", "<|user|>w<|USER|>", "", "é {{ x }} & 'q'"]
-
-
-def plain_jinja(source: str, messages: list[dict[str, Any]], **names: Any) -> str:
-    """The same as transformers renders it."""
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    environment.filters["tojson"] = lambda value, **options: json.dumps(value, **{"ensure_ascii": False, **options})
-    return environment.from_string(source).render(messages=messages, **names)
-
-
-@pytest.mark.parametrize("source", IN_USE.values(), ids=IN_USE)
-def test_text_comes_out_as_jinja_alone_makes_it(source: str) -> None:
-    template = ChatTemplate(source)
-    for text in TEXTS:
-        messages = [user(text), assistant(text, reasoning_content=text), user(text)]
-        options = {"add_generation_prompt": True, "enable_thinking": True, "clear_thinking": False, "tools": None}
-        wanted = plain_jinja(source, messages, eos_token="<|endoftext|>", bos_token="", **options)
-        assert template.render(messages, clear_thinking=False, eos_token="<|endoftext|>") == wanted
-
-
-@pytest.mark.parametrize(
-    ("source", "names"),
-    [
-        ("{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] }}{% endfor %}", ["<|user|>"]),
-        ("<|user|>{{ messages[0].content }}<|assistant|>", ["<|user|>", "<|assistant|>"]),
-        ("{{ '<|' ~ messages[0].role ~ '|>' }}", ["<|user|>"]),
-        ("{{ ['<|user|>', messages[0].content] | join(' ') }}", ["<|user|>"]),
-        ("{{ ['<|user|>', messages[0].content] | join }}", ["<|user|>"]),
-        ("{% set x %}<|user|>{% endset %}{{ x }}{{ messages[0].content }}", ["<|user|>"]),
-        ("{% macro f() %}<|user|>{% endmacro %}{{ f() }}", ["<|user|>"]),
-        ("{{ '<|user|>X' | replace('X', messages[0].content) }}", ["<|user|>"]),
-        ("{{ ' <|user|> ' | trim }}{{ 'a,<|user|>'.split(',')[1] }}", ["<|user|>", "<|user|>"]),
-        ("{{ bos_token }}{{ eos_token }}<|user|>", ["<|user|>"]),
-        ("{% generation %}<|user|>{{ messages[0].content }}{% endgeneration %}", ["<|user|>"]),
-    ],
-)
-def test_what_a_template_writes_becomes_tokens(source: str, names: list[str]) -> None:
-    ids = encode_chat(TOKENIZER, ChatTemplate(source), [user("hi")])
-    ends = {TOKENIZER.bos_id, TOKENIZER.eos_id} if "bos_token" in source else set()
-    assert [TOKENIZER.token(i) for i in ids if i in SPECIAL and i not in ends] == names
-
-
-@pytest.mark.parametrize(
-    ("source", "typed"),
-    [
-        ("{{ messages[0].content | lower }}", "<|USER|>"),
-        ("{{ messages[0].content.casefold() }}", "<|USER|>"),
-        ("{{ messages[0].content.lower().strip() }}", " <|USER|> "),
-        ("{{ messages[0].content | replace('\n', '') }}", "<|us\ner|>"),
-        ("{{ messages[0].content.split('\n') | join }}", "<|us\ner|>"),
-        ("{{ messages[0].content | reverse }}", ">|resu|<"),
-        ("{{ messages[0].content[::-1] }}", ">|resu|<"),
-        ("{{ '<|' + messages[0].content }}", "user|>"),
-        ("<|us{{ messages[0].content }}", "er|>"),
-        ("{{ messages[0].content }}|>", "<|user"),
-        ("{{ '<|%s|>' | format(messages[0].content) }}", "user"),
-        ("{{ '<|{}|>'.format(messages[0].content) }}", "user"),
-        ("{{ '<|X|>' | replace('X', messages[0].content) }}", "user"),
-        ("{{ ['<|', '|>'] | join(messages[0].content) }}", "user"),
-        ("{% for c in messages[0].content %}{{ c }}{% endfor %}", "<|user|>"),
-        ("{{ messages[0].content | e | string }}{{ messages[0].content | safe }}", "<|user|>"),
-        ("{{ messages[0].content | tojson }}{{ messages }}", "<|user|>"),
-        ("{% set x = messages[0].content %}{% filter lower %}{{ x }}{% endfilter %}", "<|USER|>"),
-        ("{{ messages[0].role }}", "<|user|>"),
-    ],
-)
-def test_no_template_makes_a_token_of_what_was_typed(source: str, typed: str) -> None:
-    message = user(typed) if ".role" not in source else {"role": typed, "content": ""}
-    ids = encode_chat(TOKENIZER, ChatTemplate(source), [message])
-    assert [i for i in ids if i in SPECIAL] == []
-    assert TOKENIZER.decode(ids) == plain_jinja(source, [message])
-
-
-def test_results_of_tools_in_parts_are_text() -> None:
-    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}, "c"]
-    template = ChatTemplate("{{ messages[0].content }}")
-    assert TOKENIZER.decode(encode_chat(TOKENIZER, template, [{"role": "tool", "content": parts}])) == "a\nb\nc"
-    with pytest.raises(InputError, match=r"message 0, the result of a tool, has a part of type image_url"):
-        encode_chat(TOKENIZER, template, [{"role": "tool", "content": [{"type": "image_url", "image_url": {}}]}])
-
-
-def test_a_thought_that_is_given_apart_leaves_the_content_alone() -> None:
-    template = ChatTemplate("{{ messages[0].reasoning_content }}|{{ messages[0].content }}")
-    found = encode_chat(TOKENIZER, template, [assistant("a</think>b", reasoning_content="")])
-    assert TOKENIZER.decode(found, special=True) == "|a</think>b"
-
-
-@pytest.mark.parametrize("source", [None, 5, ["{{ x }}"], "{{ a }}" * 300_000])
-def test_a_template_that_is_no_text_or_too_long_is_refused_at_once(source: Any) -> None:
-    """Jinja takes 20 s for 300,000 expressions."""
-    start = time.perf_counter()
-    with pytest.raises(
-        InputError, match=r"the chat template (is of type (NoneType|int|list), not text|has 2,100,000 char)"
-    ):
-        ChatTemplate(source)
-    assert time.perf_counter() - start < 1
-
-
-def test_the_longest_template_takes_little_time() -> None:
-    start = time.process_time()
-    ChatTemplate(("{{ a }}" * MAX_SOURCE)[: MAX_SOURCE // 7 * 7]).render([])
-    assert time.process_time() - start < 10
-
-
-def test_a_template_of_a_file(tmp_path: Path) -> None:
-    good, bad = tmp_path / "good.jinja", tmp_path / "bad.jinja"
-    good.write_text("é{{ messages[0].content }}", "utf-8")
-    bad.write_bytes(b"\xff")
-    assert read_template(good).render([user("hi")]) == "éhi"
-    for file, why in ((tmp_path, "Is a directory"), (tmp_path / "none", "No such file"), (bad, "no text in UTF-8")):
-        with pytest.raises(InputError, match=why) as caught:
-            read_template(file)
-        assert str(file) in str(caught.value)
-        assert len(str(caught.value).splitlines()) == 1
+def test_typed_text_is_encoded_together_with_the_template_text_beside_it() -> None:
+    """As transformers would tokenise the rendered text: a border between typed and own text cuts no token."""
+    template = ChatTemplate("<|user|>He{{ messages[0].content }}d<|assistant|>")
+    ids = encode_chat(TOKENIZER, template, [user("llo worl")])
+    assert ids == TOKENIZER.encode("<|user|>Hello world<|assistant|>", special=True)
 
 
 def test_bytes_that_are_no_text_survive() -> None:
@@ -377,18 +240,32 @@ def test_template_features_that_files_use() -> None:
 def test_endless_output_is_cut_off() -> None:
     """A template that prints without end stops at the limit, and says so."""
     endless = "{% for i in range(99999) %}{% for j in range(99999) %}xxxxxxxxxxxxxxxxxxxx{% endfor %}{% endfor %}"
+    with time_limit(5), pytest.raises(InputError, match="more than 4,000,000 characters"):
+        ChatTemplate(endless).render([])
 
-    def too_long(number: int, frame: Any) -> NoReturn:
-        pytest.exit("a template printed without end", 1)  # Jinja's errors are caught, this one is not
 
-    before = signal.signal(signal.SIGALRM, too_long)
-    signal.alarm(20)  # seconds; it takes less than one
-    try:
-        with pytest.raises(InputError, match="more than 4,000,000 characters"):
-            ChatTemplate(endless).render([])
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+PARTS = [{"type": "text", "text": "a\n"}, {"text": "b"}, "c"]
+
+
+@pytest.mark.parametrize("role", ["system", "user", "assistant", "tool"])
+def test_the_text_parts_of_a_message_are_joined(role: str) -> None:
+    """For GLM's template, and for one that knows of no parts."""
+    plain = ChatTemplate("{{ messages[0].content }}")
+    assert TOKENIZER.decode(encode_chat(TOKENIZER, plain, [{"role": role, "content": PARTS}])) == "a\nbc"
+    assert chat([{"role": role, "content": PARTS}]) == chat([{"role": role, "content": "a\nbc"}])
+
+
+@pytest.mark.parametrize(("content", "says"), [
+    ([{"type": "image_url", "image_url": {"url": "x"}}], "message 0 has a part of type 'image_url'"),
+    ([{"type": "text"}], "message 0 has the content {'type': 'text'}"),
+    ([["a"]], r"message 0 has the content \['a'\]"),
+    (5, "message 0 has the content 5"),
+    ({"temperature": 5}, "message 0 has the content {'temperature': 5}"),
+])  # fmt: skip
+def test_content_that_is_no_text_is_refused_by_name(content: Any, says: str) -> None:
+    for role in ("user", "tool"):
+        with pytest.raises(InputError, match=says):
+            chat([{"role": role, "content": content}])
 
 
 @pytest.mark.parametrize("messages", [["hi"], [{}], [{"role": None}], [{"role": 5}], [None], [{"role": "pirate"}]])

@@ -4,13 +4,13 @@ from collections.abc import Sequence
 
 import pytest
 
-from glm_mlx.chat import GLM_TEMPLATE, ChatTemplate
 from glm_mlx.conversation import Conversation
 from glm_mlx.engine import Engine
 from glm_mlx.load import Loaded, load_model
 from glm_mlx.output import OutputSplitter
 from glm_mlx.sampling import SamplingParams
 from glm_mlx.small import SMALL_MODEL
+from glm_mlx.template import GLM_TEMPLATE, ChatTemplate
 
 QUESTIONS = ("What is 47 + 38?", "Hello", "And what is 8 + 9?")
 # Another family's way: the answer ends with a token of its own, and the next turn does not begin with it.

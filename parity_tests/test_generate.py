@@ -25,7 +25,7 @@ from glm_mlx.make_tiny import TinySpec
 from glm_mlx.small import SMALL_MODEL
 from glm_mlx.tokenizer import Tokenizer
 from parity_tests.conftest import MakeModel
-from parity_tests.fuzz import F32, I32, U32, File, value
+from parity_tests.fuzz import F32, I32, STRING, U32, File, array, string, value
 from parity_tests.test_engine import damaged
 
 ROOT = Path(__file__).parents[1]
@@ -184,6 +184,35 @@ def test_raw_takes_the_prompt_as_it_stands(model: str, capfd: pytest.CaptureFixt
     assert len(chat) > 8
 
 
+def test_a_chat_template_of_the_users_takes_the_place_of_the_files(
+    model: str, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    template = tmp_path / "own.jinja"
+    template.write_text("<|user|>{% generation %}{{ messages[0].content }}{% endgeneration %}<|user|>")
+    own = report(capfd, "-m", model, "--chat-template", str(template), "<|user|>", "-n", "1")["prompt_ids"]
+    tokenizer = Tokenizer(GGUFFile(model).metadata)
+    assert own == [tokenizer.id("<|user|>"), *tokenizer.encode("<|user|>"), tokenizer.id("<|user|>")]
+
+
+@pytest.mark.parametrize(
+    ("packed", "says"),
+    [
+        (value(STRING, "{% if %}"), "the chat template failed: "),
+        (array(STRING, 1, string("x")), "tokenizer.chat_template is ['x'], not a string"),
+    ],
+    ids=["fails", "no string"],
+)
+def test_raw_and_a_template_of_the_users_need_none_of_the_files(
+    model: str, capfd: pytest.CaptureFixture[str], tmp_path: Path, packed: bytes, says: str
+) -> None:
+    file = File.read(Path(model)).put("tokenizer.chat_template", packed).write(tmp_path / "model.gguf")
+    assert generate.main(["-m", str(file), "x"]) == 2
+    assert says in capfd.readouterr().err
+    assert len(report(capfd, "-m", str(file), "--raw", "<|user|>x", "-n", "1")["prompt_ids"]) == 2
+    (tmp_path / "own.jinja").write_text("x")
+    assert report(capfd, "-m", str(file), "--chat-template", str(tmp_path / "own.jinja"), "y", "-n", "1")
+
+
 def test_json_reports_log_probabilities_and_figures(model: str, capfd: pytest.CaptureFixture[str]) -> None:
     got = report(capfd, "-m", model, "Hi", "-n", "4", "--logprobs", "2", "--temp", "0")
     assert [entry["logprob"] == entry["top"][0][1] for entry in got["logprobs"]] == [True] * 4
@@ -226,6 +255,7 @@ def test_help_names_every_option_and_starts_at_once() -> None:
         "--drop-reasoning",
         "--no-think",
         "--raw",
+        "--chat-template",
         "--context",
         "--benchmark",
         "--json",
@@ -266,6 +296,8 @@ def test_help_names_every_option_and_starts_at_once() -> None:
         (["--chat", "hello"], "--chat"),
         (["x", "--raw", "--no-think"], "--no-think"),
         (["x", "--raw", "--system", "y"], "--system"),
+        (["x", "--raw", "--chat-template", "y"], "--chat-template"),
+        (["x", "--chat-template", "missing.jinja"], "'missing.jinja': No such file"),
         (["   "], "empty"),
         (["word " * 5000], "context"),
     ],

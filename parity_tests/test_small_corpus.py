@@ -9,12 +9,13 @@ from itertools import islice
 
 import pytest
 
-from glm_mlx.chat import GLM_TEMPLATE, ChatTemplate, encode_chat
+from glm_mlx.chat import encode_chat
 from glm_mlx.small import corpus, exam, puzzles, stories, talk, words
 from glm_mlx.small.corpus import Conversation, conversations, encode, segments
 from glm_mlx.small.exam import Case, grade
 from glm_mlx.small.turns import Style
 from glm_mlx.small.vocabulary import train_vocabulary
+from glm_mlx.template import GLM_TEMPLATE, ChatTemplate
 from glm_mlx.tokenizer import Tokenizer
 
 TEMPLATE = ChatTemplate(GLM_TEMPLATE)

@@ -23,9 +23,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from glm_mlx.chat import GLM_TEMPLATE, ChatTemplate
 from glm_mlx.small import puzzles, stories, talk, tool_calls
 from glm_mlx.small.turns import Message, Style, Turn
+from glm_mlx.template import GLM_TEMPLATE, ChatTemplate
 from glm_mlx.tokenizer import Tokenizer
 
 TASKS = {

@@ -18,7 +18,7 @@ import numpy as np
 from rich.progress import track
 from rich.table import Table
 
-from glm_mlx.chat import ChatTemplate, encode_chat
+from glm_mlx.chat import encode_chat
 from glm_mlx.command import Parser, run, whole
 from glm_mlx.console import Console
 from glm_mlx.engine import Engine
@@ -33,6 +33,7 @@ from glm_mlx.small.exam import EXAMS, Case, exam, grade
 from glm_mlx.small.export import NAMES
 from glm_mlx.small.network import Params, forward
 from glm_mlx.small.train import SMALL, Batch, Recipe, make_batch
+from glm_mlx.template import ChatTemplate
 from kernels.planes import dequantize_ops
 
 SEED = 20_000_000  # of every exam: far from the seeds of training steps

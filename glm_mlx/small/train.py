@@ -25,13 +25,13 @@ import numpy.typing as npt
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from glm_mlx.chat import GLM_TEMPLATE, ChatTemplate
 from glm_mlx.command import Parser, run, whole
 from glm_mlx.errors import InputError
 from glm_mlx.make_tiny import TinySpec
 from glm_mlx.small.corpus import conversations, encode
 from glm_mlx.small.network import Params, forward, init
 from glm_mlx.small.vocabulary import train_vocabulary
+from glm_mlx.template import GLM_TEMPLATE, ChatTemplate
 from glm_mlx.tokenizer import Tokenizer
 
 SMALL = TinySpec(
