@@ -6,8 +6,9 @@ examples:
   python bench/compare.py --synthetic --depths 0,4k,32k --plot speed.svg
 
 Each round of each program is a fresh process, with no other model in memory, and each depth is read and decoded there
-once as a warm-up before it is measured: the same rules for all. First each peer runs alone, before we run at all; then
-all take turns, in an order that turns around with every round. `python bench/contestant.py` is that process by itself.
+once as a warm-up before it is measured: the same rules for all. First each peer runs alone, before we run at all, after
+a process that counts for nothing: the first one on a machine may still compile. Then all take turns, in an order that
+turns around with every round. `python bench/contestant.py` is that process by itself.
 
 mlx-lm (pip install mlx-lm) runs its own model class through its own `generate_step`, as `stream_generate` calls it, on
 the same quants, converted in memory; what MLX can't hold as the file does is held more finely, and a note says how. Its
@@ -25,6 +26,7 @@ figures are not firm: a note says so, and README quotes no ratio of theirs.
 import argparse
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
@@ -32,7 +34,7 @@ from typing import Any
 
 if __name__ == "__main__":  # the repository instead of this folder, whose names would hide others
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    from glm_mlx.signals import quiet_start
+    from glm_mlx.early import quiet_start
 
     quiet_start()
 
@@ -210,6 +212,9 @@ def take_turns(
                 continue
             status.update(f"round {number} of {args.rounds}, {name}" if number != ALONE else f"{name} alone")
             done = 0
+            if number == ALONE:  # the first process on a machine may still compile: one that counts for nothing
+                with suppress(Exception):
+                    list(contestant.take([Turn(number, t.depth, name, t.fill) for t in blank], 1))
             try:
                 for turn in contestant.take(blank, args.count):
                     turns.append(turn)
@@ -286,7 +291,7 @@ def not_firm(rounds: int, slower: float | None) -> Iterator[str]:
 
 
 def against_alone(group: Sequence[Turn], alone: Turn | None) -> float | None:
-    """How much more time a token takes in the rounds, their median, as a share of its time in the run alone."""
+    """Return by what share a token takes longer in the rounds, their median, than in the run alone."""
     return median(decode_time(turn, alone) for turn in group) / decode_time(alone, group[0]) - 1 if alone else None
 
 

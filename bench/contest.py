@@ -1,4 +1,4 @@
-"""What takes part in a comparison: its turns, and a contestant whose every round is a process of its own."""
+"""Contestants of a comparison: their turns, and a contestant whose every round is a process of its own."""
 
 import json
 import subprocess

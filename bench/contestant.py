@@ -115,7 +115,7 @@ def _say(out: TextIO, line: dict[str, Any]) -> None:
 
 
 def problem(error: Exception) -> dict[str, str]:
-    """What ended the work, as `contest.child` raises it again."""
+    """Error that ended the work, as `contest.child` raises it again."""
     if isinstance(error, UnavailableError | InputError):
         return {"problem": "input" if isinstance(error, InputError) else "unavailable", "why": str(error)}
     if is_out_of_memory(error):
@@ -134,7 +134,7 @@ def warmed_up(contestant: Measured, turn: Turn, count: int) -> Turn:
 
 
 def check(args: argparse.Namespace) -> dict[str, Any]:
-    """What is to be compared, whether our kernels are right here, and what each peer is found to compute.
+    """Subject of the comparison: the model, whether our kernels are right here, and what each peer is found to compute.
 
     Raises InputError for a model or depths that can't be measured.
     """

@@ -80,7 +80,7 @@ def _step_errors(peer: MlxLm, exact: Model) -> Iterator[tuple[str, float]]:
 
 
 def _logit_errors(peer: MlxLm, exact: Model, ours: Model) -> dict[str, dict[str, Any]]:
-    """Of the whole models, each in its own arithmetic, after a prompt and after one decoded token more."""
+    """Compare the whole models, each in its own arithmetic, after a prompt and after one decoded token more."""
     prompt = mx.array([contest.prompt_tokens(TOKENS + 1, peer.cfg.vocab_size)])
     with launcher.avoiding():
         truth = our_logits(exact, prompt)

@@ -140,7 +140,7 @@ def model_args(cfg: Config) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Library:
-    """What is used of mlx-lm, by its own names. architecture: its module of this model. stream: `generation_stream`."""
+    """Parts of mlx-lm, by its own names. architecture: its module of this model. stream: `generation_stream`."""
 
     version: str
     architecture: Any

@@ -17,7 +17,7 @@ from typing import Any
 
 if __name__ == "__main__":  # the repository instead of this folder, whose names would hide others
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    from glm_mlx.signals import quiet_start
+    from glm_mlx.early import quiet_start
 
     quiet_start()
 

@@ -125,7 +125,7 @@ def usable_depths(
 
 @dataclass(frozen=True)
 class Source:
-    """What a model is made of, before one is made. Fields as in `Subject`; dtype: of its activations."""
+    """Ingredients of a model, before one is made. Fields as in `Subject`; dtype: of its activations."""
 
     name: str
     mix: str

@@ -1,12 +1,13 @@
 """GLM-4.7-Flash from GGUF files on MLX."""
 
-import os
 import sys
 
-from glm_mlx.signals import quiet_start
+from glm_mlx.early import quiet_start
 
 if sys.argv[:1] == ["-m"]:  # only while `python -m glm_mlx.…` looks for a command: Ctrl-C is to print no traceback
     quiet_start()
+
+import os
 
 from glm_mlx.environment import set_command_buffers
 from kernels.cache_folder import compiled_folder

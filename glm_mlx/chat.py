@@ -67,7 +67,7 @@ def _prepare(number: int, message: Any) -> dict[str, Any]:
     role, content = message["role"], _text(number, message.get("content"))
     prepared = {**message, "role": own(role) if role in _ROLES else role, "content": content}
     thought, closed, answer = content.partition("</think>")
-    if role == "assistant" and closed and not message.get("reasoning_content"):
+    if role == "assistant" and closed and message.get("reasoning_content") is None:
         prepared["reasoning_content"] = thought.removeprefix("<think>").strip("\n")
         prepared["content"] = answer.lstrip("\n")
     if isinstance(message.get("tool_calls"), list):
@@ -106,9 +106,13 @@ def _with_arguments(call: Any) -> Any:
         return {**call, "function": _with_arguments(call["function"])}
     if isinstance(call.get("arguments"), str):
         try:
-            return {**call, "arguments": json.loads(call["arguments"] or "{}")}
-        except ValueError as error:
+            call = {**call, "arguments": json.loads(call["arguments"] or "{}")}
+        except (ValueError, RecursionError) as error:
             raise InputError(f"the arguments of a tool call are no JSON ({error}); send a JSON object") from error
+    if not isinstance(call.get("arguments", {}), Mapping):
+        raise InputError(
+            f"the arguments of a tool call are no object but {reprlib.repr(call['arguments'])}; send a JSON object"
+        )
     return call
 
 

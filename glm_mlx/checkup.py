@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
 
 @dataclass(frozen=True)
 class Tried:
-    """What a token of a file's own model says of it."""
+    """Outcome of running a file's model once: a line for the user, and True if the file is damaged."""
 
     says: str
     damaged: bool
@@ -133,7 +133,7 @@ def glm_flash_memory(context: int | None, kv_bits: KvBits = 16) -> MemoryPlan:
 
 
 def _cache_line() -> str:
-    """Where `generate` keeps what it compiled and checked, or why it does not."""
+    """Name the folder in which `generate` keeps what it compiled and checked, or say why there is none."""
     try:
         return f"kept between starts in {shown(private_folder())}"
     except OSError as error:

@@ -104,7 +104,8 @@ def _named_errors(work: Callable[[], int]) -> int:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        return _error(f"out of memory: {error}; use a shorter prompt, close other programs, or take a smaller file")
+        said = f": {error}" if str(error) else ""
+        return _error(f"out of memory{said}; use a shorter prompt, close other programs, or take a smaller file")
 
 
 def _error(line: str) -> int:

@@ -1,7 +1,7 @@
 """Token ids in, token ids out: prefill in chunks, decode with one step of look-ahead."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -56,6 +56,27 @@ def prefill_chunk(dtype: mx.Dtype) -> int:
     return WIDE_CHUNK if wide.applies(WIDE_CHUNK, dtype) else PREFILL_CHUNK
 
 
+class Steps(Iterator[Step]):
+    """An answer under way. Raises InUseError in another thread than the engine's, and then goes on in that one."""
+
+    def __init__(self, alone: Exclusive, steps: Generator[Step, None, None]):
+        self._alone = alone
+        self._steps = _while_alone(alone, steps)  # which does not refer to this: it ends when nobody else does
+
+    def __next__(self) -> Step:
+        self._alone.check_thread()
+        return next(self._steps)
+
+    def close(self) -> None:
+        """End the answer; the engine is free then, as it is when nothing refers to this any more."""
+        self._steps.close()
+
+
+def _while_alone(alone: Exclusive, steps: Generator[Step, None, None]) -> Generator[Step, None, None]:
+    with alone:
+        yield from steps
+
+
 class Engine:
     """A model and the cache of one conversation.
 
@@ -87,7 +108,7 @@ class Engine:
         max_tokens: int,
         stop_ids: frozenset[int] = frozenset(),
         on_prefill: Callable[[int, int], None] = lambda done, total: None,
-    ) -> Iterator[Step]:
+    ) -> "Steps":
         """Yields up to `max_tokens` tokens; a stop id is yielded, then ends it. Closing the generator cancels.
 
         `on_prefill(done, total)` is called with prompt tokens before the first chunk and after each. Raises InputError
@@ -95,10 +116,7 @@ class Engine:
         in place of a token whose logits are NaN or infinite; InUseError while another generator of this engine is
         neither exhausted nor closed, or in another thread than the first.
         """
-        with self._alone:
-            for step in self._steps(prompt, params, max_tokens, stop_ids, on_prefill):
-                yield step
-                self._alone.check_thread()
+        return Steps(self._alone, self._steps(prompt, params, max_tokens, stop_ids, on_prefill))
 
     def _steps(
         self,
@@ -107,7 +125,7 @@ class Engine:
         max_tokens: int,
         stop_ids: frozenset[int],
         on_prefill: Callable[[int, int], None],
-    ) -> Iterator[Step]:
+    ) -> Generator[Step, None, None]:
         cfg = self.model.cfg
         if not prompt:
             raise InputError("the prompt is empty; give at least one token of text")

@@ -36,6 +36,7 @@ class Exclusive:
 
     def check_thread(self) -> None:
         here = threading.current_thread()
-        if here is not self._thread:
-            first = "another" if self._thread is None else self._thread.name
-            raise InUseError(f"{self.name} belongs to the thread {first}, not to {here.name}; make one in each thread")
+        if self._thread not in (None, here):
+            raise InUseError(
+                f"{self.name} belongs to the thread {self._thread.name}, not to {here.name}; make one in each thread"
+            )

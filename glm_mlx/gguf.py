@@ -349,7 +349,7 @@ def _aligned(size: int, alignment: int) -> int:
 
 
 def _ends(infos: list[TensorInfo], base: int, end: int) -> set[int]:
-    """Where a part may end: behind the last tensor, with the padding to the alignment and without."""
+    """Ends that a part may have: behind the last tensor, with the padding to the alignment and without."""
     return {base + end, base + (infos[-1].offset + infos[-1].nbytes if infos else 0)}
 
 

@@ -27,7 +27,7 @@ def resolve(model: str) -> Path:
     if not model:
         raise InputError("the name of the model is empty; give the path of a .gguf file")
     path = Path(os.path.expanduser(model))  # these two never raise, whatever the name
-    if os.path.exists(path) or model.endswith(".gguf") or not (name := NAME.fullmatch(model)):
+    if os.path.exists(path) or model.lower().endswith(".gguf") or not (name := NAME.fullmatch(model)):
         return path
     owner = name["repo"].partition("/")[0]
     if os.path.isdir(owner):

@@ -37,7 +37,7 @@ class Opened:
 
     @property
     def notes(self) -> list[str]:
-        """What a user should know of this file, a line each."""
+        """Notes on this file for the user, a line each."""
         expanded = weights.expanded_types(self.tensors)
         held = [f"{', '.join(expanded)} tensors are held as float32, exact but larger and slower"] * bool(expanded)
         return [*self.config.notes, *held]

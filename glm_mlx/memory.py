@@ -87,7 +87,8 @@ class MemoryPlan:
         advice = f"--context {self.advised} would fit"
         if self.advised < min(LEAST_CONTEXT, self.context):  # of little use
             room = RAISE_LIMIT.get(self.source, "close other programs")
-            advice = f"{room} or take a smaller quantisation" + f" ({advice})" * bool(self.advised)
+            smaller = " or take a smaller quantisation" if self.available else ""
+            advice = room + smaller + f" ({advice})" * bool(self.advised)
         giver = "the limit of this process (ulimit) leaves" if self.source in RAISE_LIMIT else "this machine has"
         raise InputError(
             f"{what} needs {decimal(needed)} of memory, {giver} {decimal(self.available)} to give; {advice}"

@@ -48,7 +48,7 @@ class OutputSplitter:
         return parts
 
     def finish(self) -> list[tuple[Part, str]]:
-        """What is left at the end: U+FFFD for half a character."""
+        """Return what is left at the end: U+FFFD for half a character."""
         return self._parts(self._text.finish())
 
     def _parts(self, text: str) -> list[tuple[Part, str]]:

@@ -104,7 +104,7 @@ class Traced(str):
         return head, middle, tail
 
     def replace(self, old: str, new: str, count: SupportsIndex = -1, /) -> str:
-        """What stands in for text from outside is from outside too, whoever wrote `new`."""
+        """Replace; what stands in for text from outside is from outside too, whoever wrote `new`."""
         text = super().replace(old, new, count)
         if not old:  # `new` goes between all characters, for which nothing stood
             return text

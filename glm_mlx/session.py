@@ -270,7 +270,8 @@ def _answer_once(talk: _Talk, prompt: str) -> int:
         print(json.dumps(_plain(_report(talk, ids, answer)), ensure_ascii=False, allow_nan=False))
     if args.benchmark is not None:
         _benchmark_table(loaded, answer)
-    _figures(talk.engine)
+    if answer.steps:
+        _figures(talk.engine)
     if answer.finish == "interrupted":
         raise KeyboardInterrupt
     return 0

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from glm_mlx.early import quiet_start
+
 ENDING = (signal.SIGTERM, signal.SIGHUP)  # asked to end; the terminal is gone
 
 
@@ -14,12 +16,6 @@ class Stopped(SystemExit):
     def __init__(self, number: int):
         super().__init__(128 + number)
         self.code: int = 128 + number
-
-
-def quiet_start() -> None:
-    """Let Ctrl-C end the process at once, without a traceback, until `answered` is entered: for the time of imports."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where it is ignored, as behind `&`
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @contextmanager

@@ -190,9 +190,15 @@ class _Generation(Extension):
         return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
 
 
-def _tojson(value: Any, **options: Any) -> str:
-    """Jinja's own `tojson` escapes HTML, which is not what models were trained on."""
-    return json.dumps(value, **{"ensure_ascii": False, **options})
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | str | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """JSON as transformers writes it: Jinja's own `tojson` escapes HTML, which is not what models were trained on."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 @pass_eval_context

@@ -26,6 +26,7 @@ from glm_mlx.errors import InputError
 
 # The regex library gives up (and panics) in a run of about 10 million spaces; no context holds this much text.
 MAX_CHARS = 4_000_000
+MAX_WORDS = 10_000  # the library takes seconds for 400,000; DeepSeek's files have fewer than a hundred
 
 _GLM4 = (
     r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -115,6 +116,11 @@ class Tokenizer:
         self._raw_ids = frozenset(index for _, index, _ in named)  # spelled as they are, not in the byte alphabet
         self._special = {token: i for token, i, kind in named if token and (kind == _CONTROL or _BRACKET.search(token))}
         self._words = {token: i for token, i, _ in named if token and token not in self._special}
+        if len(self._words) > MAX_WORDS:
+            raise _unusable(
+                "tokenizer.ggml.token_type",
+                f"marks {len(self._words):,} plain words as user-defined, {MAX_WORDS:,} at most",
+            )
         self._byte_ids = [None if char in self._words else self._ids.get(char) for char in BYTE_CHARS]
         for byte, char in enumerate(BYTE_CHARS):
             if self._byte_ids[byte] is None and char not in _NEVER_IN_UTF8:
@@ -201,7 +207,7 @@ class Tokenizer:
             yield text[start:]
 
     def _find_special(self, text: str) -> Iterator[tuple[int, int]]:
-        """Where names of special tokens stand in the text: (start, end)."""
+        """Yield (start, end) of each name of a special token in the text."""
         if self._finder is None:
             return
         at = 0

@@ -56,6 +56,8 @@ def own_folder(folder: Path, make: bool = True) -> None:
     if make:
         _make_folder(folder)
     _check_holder(folder.parent)
+    for above in folder.parent.resolve().parents:
+        _check_open(above)
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode):
         raise NotADirectoryError(errno.ENOTDIR, "a link, or no folder", str(folder))
@@ -132,5 +134,11 @@ def _check_holder(folder: Path) -> None:
         raise NotADirectoryError(errno.ENOTDIR, "not a folder", str(folder))
     if found.st_uid not in (os.geteuid(), 0):
         raise PermissionError(errno.EPERM, "this folder is another user's", str(folder))
-    if found.st_mode & stat.S_IWOTH and not found.st_mode & stat.S_ISVTX:
+    _check_open(folder)
+
+
+def _check_open(folder: Path) -> None:
+    """Raises OSError if every user may exchange what is in a folder."""
+    mode = folder.stat().st_mode
+    if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
         raise PermissionError(errno.EPERM, "every user may write to this folder", str(folder))

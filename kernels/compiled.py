@@ -86,7 +86,7 @@ def compile_ahead(launches: Iterable[Recorded]) -> int:
 
 
 def modules_folder() -> Path | None:
-    """Where MLX looks for compiled modules, made if it is missing; None where others could put some there too.
+    """Folder in which MLX looks for compiled modules, made if missing; None where others could put some there too.
 
     So could everybody in the folder that MLX takes by default, which is below that for temporary files. What the user
     names holds for MLX as it is; what others may write to is not used here.

@@ -104,7 +104,7 @@ class File:
         return header + bytes(-len(header) % self.alignment) + self.data
 
     def write(self, path: Path, header: bytes | None = None) -> Path:
-        """`header`: a damaged one. A file that is there is replaced, never written into: it may be mapped."""
+        """`header`: a damaged one. A file that is there is replaced, never written into: the reference may map it."""
         path.unlink(missing_ok=True)
         path.write_bytes(self.whole(header))
         return path

@@ -753,7 +753,7 @@ def test_a_tensor_that_stands_twice_is_named(good: Make, tmp_path: Path) -> None
 
 
 def sampler(file: File, folder: Path) -> tuple[SamplingParams, tuple[str, ...]]:
-    """How a file's tokens are drawn where the user says nothing, and what is said about its metadata."""
+    """Sampling as a file advises where the user says nothing, and what is said about its metadata."""
     gguf = GGUFFile(file.write(folder / "file.gguf"))
     cfg = Config.from_metadata(gguf.metadata, gguf.tensors)
     return SamplingParams(**asdict(cfg.sampling)), cfg.notes

@@ -230,10 +230,12 @@ def test_each_round_is_a_process_of_its_own_and_none_runs_beside_another(
     enter(monkeypatch, OwnProcess("mlx-lm", model, {}, []), ours=OwnProcess(OURS, model, {}, []))
     report = measured(tmp_path, "--depths", "0,30", "--count", "7", "--rounds", "2")
     log = spawned()
-    assert [word for word, *_ in log] == ["begins", "ends"] * 5
-    assert len({pid for _, pid, _ in log}) == 5
-    assert [words[0] for word, _, words in log if word == "begins"] == ["mlx-lm", OURS, "mlx-lm", "mlx-lm", OURS]
-    assert log[0][2][1:] == [*model, "--turns", "0:prefill,30:prefill", "--count", "7"]
+    assert [word for word, *_ in log] == ["begins", "ends"] * 6
+    assert len({pid for _, pid, _ in log}) == 6
+    begun = [words for word, _, words in log if word == "begins"]
+    assert [words[0] for words in begun] == ["mlx-lm", "mlx-lm", OURS, "mlx-lm", "mlx-lm", OURS]
+    turns = [*model, "--turns", "0:prefill,30:prefill", "--count"]
+    assert [words[1:] for words in begun] == [[*turns, count] for count in "177777"]  # the first counts for nothing
     assert [(t["number"], t["by"]) for t in report["turns"][::2]] == [
         *[(ALONE, "mlx-lm"), (1, OURS), (1, "mlx-lm"), (2, "mlx-lm"), (2, OURS)]
     ]
@@ -413,8 +415,8 @@ def test_a_peer_that_fails_is_a_row_and_the_others_go_on(
         *[(20, name) for name in (OURS, "mlx-lm", "llama.cpp")],
         *[(30, name) for name in (OURS, "mlx-lm")],
     ]
-    assert broken.rounds == [[(n, 0), (n, 20), (n, 30)] for n in (0, 1, 2)] + [[(3, 0)]]
-    assert full.rounds == [[(0, 0), (0, 20), (0, 30)]] + [[(n, 0), (n, 20)] for n in (1, 2, 3)]
+    assert broken.rounds == [[(n, 0), (n, 20), (n, 30)] for n in (0, 0, 1, 2)] + [[(3, 0)]]
+    assert full.rounds == [[(0, 0), (0, 20), (0, 30)]] * 2 + [[(n, 0), (n, 20)] for n in (1, 2, 3)]
     out = capsys.readouterr().out
     assert "from 30  llama.cpp  out of memory: [malloc] Unable to allocate" in out
     assert "from 20  mlx-lm     failed: ValueError: bad" in out

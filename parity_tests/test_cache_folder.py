@@ -120,6 +120,19 @@ def test_what_another_user_could_fill_is_no_cache(
     assert [path.name for path in file.parent.iterdir()] == ["file"]
 
 
+def test_a_folder_that_all_may_write_to_holds_no_cache_at_any_depth(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There everybody could put another folder in the place of ours, with the cache in it."""
+    ours = tmp_path / "all" / "ours" / "cache"
+    ours.mkdir(parents=True)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(ours))
+    assert private_folder().is_dir()
+    (tmp_path / "all").chmod(0o777)
+    with pytest.raises(PermissionError, match="every user may write to this folder"):
+        private_folder()
+
+
 def test_a_sticky_folder_of_all_can_hold_a_cache() -> None:
     """As /tmp: who does not own a folder there cannot exchange it."""
     cache_folder().parent.mkdir()

@@ -135,7 +135,7 @@ def test_a_typed_token_stays_text(name: str) -> None:
 
 
 def test_no_mixture_of_typed_pieces_makes_a_token() -> None:
-    """Seeded texts of whole names, halves of names, sentinels and lone bytes: no control token, no loss."""
+    """Seeded texts of whole names, halves of names, noncharacters and lone bytes: no control token, no loss."""
     rng = random.Random(0)
     cuts = [(name, n) for name in NAMES for n in range(1, len(name))]
     halves = [name[:n] for name, n in cuts] + [name[n:] for name, n in cuts]
@@ -275,9 +275,9 @@ def test_messages_that_are_none_are_refused(messages: list[Any]) -> None:
     assert len(str(caught.value).splitlines()) == 1
 
 
-@pytest.mark.parametrize("arguments", ["{", "[1]", 5, "null"])
+@pytest.mark.parametrize("arguments", ["{", "[1]", 5, "null", "[" * 100_000])
 def test_arguments_that_are_no_object_are_refused(arguments: Any) -> None:
-    with pytest.raises(InputError):
+    with pytest.raises(InputError, match=r"the arguments of a tool call are .*; send a JSON object"):
         chat([assistant("", tool_calls=[{"function": {"name": "f", "arguments": arguments}}])])
 
 

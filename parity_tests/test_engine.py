@@ -334,7 +334,7 @@ def test_a_prompt_that_is_refused_leaves_the_engine_free(model: Model) -> None:
 
 
 def in_a_thread(work: Callable[[], object]) -> object:
-    """What `work` returns or raises in another thread."""
+    """Return what `work` returns or raises in another thread."""
     outcome: list[object] = []
 
     def caught() -> None:
@@ -357,8 +357,9 @@ def test_an_engine_belongs_to_the_thread_of_its_first_answer(model: Model) -> No
         generate(engine, prompt, 4)
     own = Engine(model)
     steps = own.generate(prompt, GREEDY, 4)
-    next(steps)
+    first = next(steps).token
     assert isinstance(in_a_thread(lambda: next(steps)), InUseError), "an answer that is under way"
+    assert [first, *(step.token for step in steps)] == greedy_by_hand(model, prompt, 4), "which goes on all the same"
     assert generate(own, prompt, 4) == greedy_by_hand(model, prompt, 4)
 
 

@@ -46,7 +46,20 @@ def test_a_name_below_a_folder_that_is_here_is_not_sent(hub: Hub, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    "name", ["./typo", "../typo", "~/typo", "/typo", ".cache/typo", "a/.typo", "-a/b", "modèles/typo", "a/b/c", "a//b"]
+    "name",
+    [
+        "./typo",
+        "../typo",
+        "~/typo",
+        "/typo",
+        ".cache/typo",
+        "a/.typo",
+        "-a/b",
+        "modèles/typo",
+        "a/b/c",
+        "a//b",
+        "a/b.GGUF",
+    ],
 )
 def test_what_looks_like_a_path_is_not_sent(name: str, hub: Hub) -> None:
     assert resolve(name) == Path(os.path.expanduser(name))

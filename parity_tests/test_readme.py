@@ -22,14 +22,14 @@ def run_example() -> None:
 def test_the_example_prints_an_answer(capsys: pytest.CaptureFixture[str]) -> None:
     run_example()
     out = capsys.readouterr().out
-    assert "</think>" in out
-    assert len(out.split("</think>")[1].strip()) > 5
+    assert len(out.strip()) > 5
+    assert "<" not in out
 
 
 def test_the_example_prints_whole_characters(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of several tokens each."""
+    """Each is several tokens."""
     text = "für 😀 日本"
     ids = load_model(SMALL_MODEL).tokenizer.encode(text)
 

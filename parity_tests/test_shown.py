@@ -1,4 +1,4 @@
-"""What files, the hub, libraries and arguments say reaches the terminal as text, never as a command to it."""
+"""Words of files, the hub, libraries and arguments reach the terminal as text, never as a command to it."""
 
 import io
 import json
@@ -130,7 +130,7 @@ def test_the_name_of_a_file_is_shown_without_its_control_characters(
 
 @pytest.mark.parametrize("depth", range(4))
 def test_keys_of_a_table_of_shapes_are_shown(depth: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Of a device, an op, its matrices, a parameter."""
+    """Names of a device, an op, its matrices and a parameter."""
     keys = ["Chip", "qmv", "Q4_0 1x2", "ROWS"]
     keys[depth] = f"{HOSTILE}\n" + "x" * 1000
     table: object = 0

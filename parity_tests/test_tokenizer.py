@@ -237,6 +237,13 @@ def test_400_000_special_tokens_are_found_in_little_time() -> None:
     assert time.perf_counter() - start < 10
 
 
+def test_more_words_than_any_vocabulary_adds_are_refused() -> None:
+    """The library would take seconds for 400,000."""
+    words = [f"word{number}" for number in range(10_001)]
+    with pytest.raises(InputError, match=r"tokenizer.ggml.token_type marks 10,001 plain words as user-defined, 10,000"):
+        Tokenizer(with_tokens([*BYTE_CHARS, *words], [1] * 256 + [4] * len(words), []))
+
+
 def test_decode_hides_control_tokens_and_unknown_ids() -> None:
     """Control tokens show only when asked for, tags always; ids of a padded output layer give nothing."""
     user, call = TOKENIZER.id("<|user|>"), TOKENIZER.id("<tool_call>")
