@@ -821,7 +821,7 @@ def test_more_tensors_or_keys_than_any_model_has_are_refused_at_once(good: Make,
         path = replace(file, **changes).write(tmp_path / "file.gguf")
         start = time.process_time()
         assert said in refusal(path)
-        assert time.process_time() - start < 0.2
+        assert time.process_time() - start < 1
 
 
 HUGE = [1 << 31, 1 << 40, 1 << 47, 1 << 61, (1 << 62) + 1, 1 << 63, (1 << 64) - 1]

@@ -693,7 +693,7 @@ def test_sighup_at_the_prompt_of_a_chat_leaves_the_terminal_as_it_was(model: str
     while termios.tcgetattr(chat.end) == before and time.monotonic() < deadline:  # the prompt is there a moment before
         time.sleep(0.01)
     assert termios.tcgetattr(chat.end) != before, "this is no readline"
-    time.sleep(0.1)  # until readline waits
+    time.sleep(0.3)  # until readline waits
     os.kill(chat.process, signal.SIGHUP)
     chat.wait_for("never")
     assert termios.tcgetattr(chat.end) == before

@@ -320,10 +320,10 @@ def test_the_sandbox_holds_for_strings_with_a_record(expression: str) -> None:
 
 def test_a_template_of_too_many_characters_or_expressions_is_refused_at_once() -> None:
     for source in ("{{a}}" * 30_000, "{{[" + "1," * 99_000 + "]}}", "x" * 200_001, "{{ a }}" * 300_000):
-        start = time.perf_counter()
+        start = time.process_time()
         with pytest.raises(InputError, match=r"the chat template has more than .* --chat-template"):
             ChatTemplate(source)
-        assert time.perf_counter() - start < 5
+        assert time.process_time() - start < 5
     assert ChatTemplate("x" * MAX_SOURCE).render([]) == "x" * MAX_SOURCE
 
 

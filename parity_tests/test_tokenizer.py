@@ -229,12 +229,12 @@ def test_user_defined_tokens_are_text_unless_they_look_like_markup() -> None:
 def test_400_000_special_tokens_are_found_in_little_time() -> None:
     """2 s here, most of it to make them; a look at each name for each place took minutes."""
     names = [f"<|{number}|>" for number in range(400_000)]
-    start = time.perf_counter()
+    start = time.process_time()
     tokenizer = Tokenizer(with_tokens([*BYTE_CHARS, *names], [1] * 256 + [3, 4] * 200_000, []))
     for _ in range(100):
         assert tokenizer.encode("a<|7|>\ud800<|399999|>\udcff<|400000|>", special=True)[:2] == [97, 256 + 7]
     assert tokenizer.encode("<|" * 100_000, special=True) == list(b"<|" * 100_000)
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
 
 
 def test_more_words_than_any_vocabulary_adds_are_refused() -> None:
