@@ -249,7 +249,7 @@ def test_a_file_cut_anywhere_is_refused(good: Make, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("left", [0.5, 0.0])
 def test_a_file_that_shrinks_after_it_was_opened_is_one_line(left: float, good: Make, tmp_path: Path) -> None:
-    """As under rsync --inplace. Mapped, it would end the process with SIGBUS, here that of the tests."""
+    """Shrink it as rsync --inplace does. Mapped, it would end the process with SIGBUS, here that of the tests."""
     path = good("GLM").write(tmp_path / "file.gguf")
     opened, size = open_model(path), path.stat().st_size
     os.truncate(path, int(left * size))
@@ -1155,7 +1155,7 @@ def test_a_tensor_that_the_reference_would_miss_is_named(
 
 
 def test_the_reference_has_the_defaults_that_the_product_has(good: Make, tmp_path: Path) -> None:
-    """Of keys that llama.cpp does not ask for either; the absorbed sizes count only where the true ones are missing."""
+    """Defaults hold for keys that llama.cpp does not ask for either; the absorbed sizes count only where the true ones are missing."""
     file = good("GLM").put(KEY + "attention.key_length", None).put(KEY + "attention.value_length", None)
     path = file.put(KEY + "rope.freq_base", None).with_zeros().write(tmp_path / "file.gguf")
     theirs, gguf = read_config(GgufFile(path)), GGUFFile(path)

@@ -134,14 +134,14 @@ def test_a_folder_that_all_may_write_to_holds_no_cache_at_any_depth(
 
 
 def test_a_sticky_folder_of_all_can_hold_a_cache() -> None:
-    """As /tmp: who does not own a folder there cannot exchange it."""
+    """Like /tmp: who does not own a folder there cannot exchange it."""
     cache_folder().parent.mkdir()
     cache_folder().parent.chmod(0o1777)
     assert private_folder() == cache_folder()
 
 
 def test_in_the_home_of_another_user_nothing_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As with sudo that keeps HOME: a folder of root's would shut its owner out."""
+    """Sudo may keep HOME: a folder of root's would shut its owner out."""
     home = tmp_path / "home"
     home.mkdir()
     monkeypatch.delenv("XDG_CACHE_HOME")

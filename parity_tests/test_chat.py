@@ -178,7 +178,7 @@ def test_noncharacters_in_messages_survive() -> None:
 
 
 def test_typed_text_is_encoded_together_with_the_template_text_beside_it() -> None:
-    """As transformers would tokenise the rendered text: a border between typed and own text cuts no token."""
+    """Ids are those of the rendered text in transformers: a border between typed and own text cuts no token."""
     template = ChatTemplate("<|user|>He{{ messages[0].content }}d<|assistant|>")
     ids = encode_chat(TOKENIZER, template, [user("llo worl")])
     assert ids == TOKENIZER.encode("<|user|>Hello world<|assistant|>", special=True)
@@ -249,7 +249,7 @@ PARTS = [{"type": "text", "text": "a\n"}, {"text": "b"}, "c"]
 
 @pytest.mark.parametrize("role", ["system", "user", "assistant", "tool"])
 def test_the_text_parts_of_a_message_are_joined(role: str) -> None:
-    """For GLM's template, and for one that knows of no parts."""
+    """Try GLM's template, and one that knows of no parts."""
     plain = ChatTemplate("{{ messages[0].content }}")
     assert TOKENIZER.decode(encode_chat(TOKENIZER, plain, [{"role": role, "content": PARTS}])) == "a\nbc"
     assert chat([{"role": role, "content": PARTS}]) == chat([{"role": role, "content": "a\nbc"}])

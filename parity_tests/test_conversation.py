@@ -83,7 +83,7 @@ def test_a_thought_that_was_cut_short_is_closed(small: Loaded) -> None:
 
 
 def test_a_call_of_a_tool_stays_in_the_history(small: Loaded) -> None:
-    """As the tokens that it was; where old turns are read again, as its text."""
+    """It stays the tokens that it was; where old turns are read again, as its text."""
     call = "I look.<tool_call>look<arg_key>at</arg_key><arg_value>a b</arg_value></tool_call>"
     for keep in (True, False):
         talk = conversation(small, keep_reasoning=keep)

@@ -255,7 +255,7 @@ def damaged(file: Path, folder: Path, tensor: str, row: int, scale: bytes = NAN)
 def test_one_logit_that_is_no_number_is_an_error_before_any_token(
     row: int, scale: bytes, params: SamplingParams, model_file: MakeModel, tmp_path: Path
 ) -> None:
-    """Of any token of the vocabulary, drawn or not."""
+    """Try any token of the vocabulary, drawn or not."""
     broken = load_whole(damaged(model_file(TinySpec(context_length=64)), tmp_path, "output.weight", row, scale))
     with pytest.raises(NotNumbersError, match=r"logits are not numbers after 5 tokens .*; the file may be damaged"):
         next(Engine(broken).generate(tokens(5), params, 3))
