@@ -1155,7 +1155,7 @@ def test_a_tensor_that_the_reference_would_miss_is_named(
 
 
 def test_the_reference_has_the_defaults_that_the_product_has(good: Make, tmp_path: Path) -> None:
-    """Defaults hold for keys that llama.cpp does not ask for either; the absorbed sizes count only where the true ones are missing."""
+    """Absorbed sizes count only where the true ones are missing; llama.cpp does not ask for these keys either."""
     file = good("GLM").put(KEY + "attention.key_length", None).put(KEY + "attention.value_length", None)
     path = file.put(KEY + "rope.freq_base", None).with_zeros().write(tmp_path / "file.gguf")
     theirs, gguf = read_config(GgufFile(path)), GGUFFile(path)
